@@ -1,0 +1,58 @@
+"""CDT Edge runtime: few-shot inference on pathology tiles with a CT as context, without torch.
+
+    from cdt_runtime import FewShotClassifier
+
+    classifier = FewShotClassifier.open("engines/NAME")
+    predictions = classifier.predict(["tile.tif"], ct="ct_dir")
+
+The names below are the public face; they are loaded when first used, so that importing the package
+(and with it every command's `--help`) costs next to nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cdt_runtime.bundle import Bundle
+    from cdt_runtime.classifier import FewShotClassifier, Prediction
+    from cdt_runtime.ct import Volume, read_series
+    from cdt_runtime.errors import CdtError
+    from cdt_runtime.preprocess import Preprocess
+    from cdt_runtime.prototypes import Prototypes
+    from cdt_runtime.tile import Tile, read_tile
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Bundle": "bundle",
+    "CdtError": "errors",
+    "FewShotClassifier": "classifier",
+    "Prediction": "classifier",
+    "Preprocess": "preprocess",
+    "Prototypes": "prototypes",
+    "Tile": "tile",
+    "Volume": "ct",
+    "read_series": "ct",
+    "read_tile": "tile",
+}
+
+__all__ = [
+    "Bundle",
+    "CdtError",
+    "FewShotClassifier",
+    "Prediction",
+    "Preprocess",
+    "Prototypes",
+    "Tile",
+    "Volume",
+    "read_series",
+    "read_tile",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(f"cdt_runtime.{_HOME[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,1 @@
+"""CDT Edge training: from CT series and a handful of labelled tiles to a checkpoint."""
