@@ -1,0 +1,78 @@
+"""ONNX Runtime on the CPU, and on an NVIDIA GPU through its CUDA provider."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from numpy.typing import NDArray
+
+from cdt_runtime.errors import BackendError
+
+
+class OrtSession:
+    """A graph in ONNX Runtime on exactly one execution provider.
+
+    Args:
+        graph: bytes of a single-file ONNX model.
+        provider: the execution provider; another one is never used in its place.
+    """
+
+    def __init__(self, graph: bytes, provider: str) -> None:
+        import onnxruntime as ort
+
+        options = ort.SessionOptions()
+        options.log_severity_level = 4
+        # Spinning threads double the time where other work shares the cores.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        if provider != "CPUExecutionProvider":
+            options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+        try:
+            self._session = ort.InferenceSession(graph, options, providers=[provider])
+        except Exception as error:  # ONNX Runtime raises a bare class of its own for each status
+            raise BackendError(f"{provider}: can't load the graph: {_first_line(error)}") from error
+        actual = self._session.get_providers()[0]
+        if actual != provider:
+            raise BackendError(
+                f"{provider} was asked for, ONNX Runtime gives {actual}: check the GPU driver and "
+                f"pip install 'cdt-edge[gpu]', or use --backend onnxruntime"
+            )
+        self.engine = f"onnxruntime {ort.__version__} {actual}"
+        self._names = [output.name for output in self._session.get_outputs()]
+
+    def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Run the graph.
+
+        Raises:
+            BackendError: the engine refused the inputs or ran out of memory.
+        """
+        try:
+            outputs = self._session.run(self._names, dict(inputs))
+        except Exception as error:  # as above
+            raise BackendError(f"{self.engine}: {_first_line(error)}") from error
+        return dict(zip(self._names, outputs, strict=True))
+
+
+def cpu(graph: bytes) -> OrtSession:
+    """Load a graph on the CPU."""
+    return OrtSession(graph, "CPUExecutionProvider")
+
+
+def cuda(graph: bytes) -> OrtSession:
+    """Load a graph on the first NVIDIA GPU.
+
+    Raises:
+        BackendError: there is no usable GPU; the CPU never stands in.
+    """
+    import onnxruntime as ort
+
+    if "CUDAExecutionProvider" not in ort.get_available_providers():
+        raise BackendError(
+            "backend 'cuda': this ONNX Runtime has no CUDA provider: pip install 'cdt-edge[gpu]', "
+            "or use --backend onnxruntime"
+        )
+    return OrtSession(graph, "CUDAExecutionProvider")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -1,0 +1,205 @@
+"""The bundle: the folder that is deployed.
+
+A bundle is a manifest, `bundle.json`, and the files it lists with their size and SHA-256. Opening
+one checks every name, size and hash before any byte reaches an inference engine. What the manifest
+does not list is refused, except `plans/`, where a machine keeps the engines it built for itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cdt_runtime.errors import BundleError
+from cdt_runtime.preprocess import Preprocess
+
+SCHEMA = 1
+MANIFEST = "bundle.json"
+GRAPHS = ("ct_encoder", "path_encoder", "bridge", "head", "tile_classifier")
+_SELF_HASH = "manifest_sha256"
+
+
+@dataclass(frozen=True, eq=False)
+class Bundle:
+    """An opened, verified bundle.
+
+    Attributes:
+        path: the folder.
+        manifest: what `bundle.json` says.
+    """
+
+    path: Path
+    manifest: Mapping[str, Any]
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> Bundle:
+        """Open a bundle and check every file it lists.
+
+        Raises:
+            BundleError: the folder is no bundle, is of another schema, or any file is missing,
+                altered, a link, or not listed.
+        """
+        folder = Path(path)
+        manifest = _read_manifest(folder)
+        _check_listing(folder, manifest["files"])
+        bundle = cls(folder, manifest)
+        for name in manifest["files"]:
+            bundle.read(name)
+        return bundle
+
+    def read(self, name: str) -> bytes:
+        """Return a file's bytes after checking them against the manifest.
+
+        Raises:
+            BundleError: the file is not listed, missing or altered.
+        """
+        entry = self.manifest["files"].get(name)
+        if entry is None:
+            raise BundleError(f"{self.path.name}: no {name} in the manifest: export the bundle again")
+        try:
+            data = (self.path / name).read_bytes()
+        except OSError as error:
+            raise BundleError(
+                f"{self.path.name}/{name}: can't be read ({error.strerror})"
+            ) from error
+        if len(data) != entry["bytes"] or sha256(data) != entry["sha256"]:
+            raise BundleError(
+                f"{self.path.name}/{name}: altered since export (SHA-256 differs from the "
+                f"manifest): copy or export the bundle again"
+            )
+        return data
+
+    @property
+    def preprocess(self) -> Preprocess:
+        """The preprocessing that the graphs were trained with."""
+        return Preprocess.from_dict(self.manifest["preprocess"])
+
+    @property
+    def identity(self) -> str:
+        """First 12 digits of the manifest's SHA-256: what results name."""
+        return str(self.manifest[_SELF_HASH])[:12]
+
+    @property
+    def encoder_sha256(self) -> str:
+        """Identity of all that turns a tile into an embedding; prototypes are bound to it."""
+        parts = [self.manifest["files"][f"{name}.onnx"]["sha256"] for name in ("path_encoder", "bridge")]
+        return sha256("".join([*parts, self.preprocess.sha256]).encode())
+
+    @property
+    def ct_encoder_sha256(self) -> str:
+        """Identity of all that turns a series into CT tokens; cached tokens are bound to it."""
+        parts = [self.manifest["files"]["ct_encoder.onnx"]["sha256"], self.preprocess.sha256]
+        return sha256("".join(parts).encode())
+
+
+def newest_bundle(folder: Path) -> Path:
+    """Find the bundle in a folder that was exported last.
+
+    Raises:
+        BundleError: there is none.
+    """
+    found = [path.parent for path in folder.glob(f"*/{MANIFEST}")]
+    if not found:
+        raise BundleError(
+            f"no bundle in {folder}: make one with cdt-train and cdt-export, or give --bundle DIR"
+        )
+    return max(found, key=lambda path: ((path / MANIFEST).stat().st_mtime_ns, path.name))
+
+
+def write_bundle(path: Path, files: Mapping[str, bytes], facts: Mapping[str, Any]) -> Bundle:
+    """Write a bundle whole or not at all, replacing an older one of the same name.
+
+    Args:
+        path: the bundle's folder.
+        files: content of each file by name.
+        facts: the manifest's other entries.
+
+    Raises:
+        BundleError: `path` exists and is not a bundle.
+    """
+    if path.exists() and not (path / MANIFEST).is_file():
+        raise BundleError(f"{path}: exists and is not a bundle: give another --output")
+    listing = {name: {"bytes": len(data), "sha256": sha256(data)} for name, data in files.items()}
+    manifest = {"schema": SCHEMA, "name": path.name, **facts, "files": listing}
+    manifest[_SELF_HASH] = sha256(_dump(manifest))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    try:
+        for name, data in {**files, MANIFEST: _dump(manifest)}.items():
+            _write_synced(staging / name, data)
+        staging.chmod(0o755)
+        _swap(staging, path)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return Bundle.open(path)
+
+
+def sha256(data: bytes) -> str:
+    """Return the SHA-256 of some bytes, hexadecimal."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _swap(staging: Path, path: Path) -> None:
+    if not path.exists():
+        staging.rename(path)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{path.name}-old-", dir=path.parent)) / "bundle"
+    path.rename(old)
+    try:
+        staging.rename(path)
+    except OSError:
+        old.rename(path)
+        raise
+    finally:
+        shutil.rmtree(old.parent, ignore_errors=True)
+
+
+def _dump(manifest: Mapping[str, Any]) -> bytes:
+    return (json.dumps(manifest, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    if not path.is_file():
+        what = "no such folder" if not folder.exists() else f"holds no {MANIFEST}"
+        raise BundleError(f"{folder}: {what}: give the folder that cdt-export wrote")
+    raw = path.read_bytes()
+    try:
+        manifest = json.loads(raw)
+    except ValueError as error:
+        raise BundleError(f"{folder.name}/{MANIFEST}: not valid JSON: export again") from error
+    if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
+        found = manifest.get("schema") if isinstance(manifest, dict) else None
+        raise BundleError(
+            f"{folder.name}/{MANIFEST}: schema {found!r}, this version reads {SCHEMA}: export again"
+        )
+    rest = {key: value for key, value in manifest.items() if key != _SELF_HASH}
+    if manifest.get(_SELF_HASH) != sha256(_dump(rest)) or _dump(manifest) != raw:
+        raise BundleError(f"{folder.name}/{MANIFEST}: altered since export: export again")
+    return manifest
+
+
+def _check_listing(folder: Path, listed: Mapping[str, Any]) -> None:
+    found = {entry.name for entry in folder.iterdir()} - {MANIFEST, "plans"}
+    for name in sorted(found | set(listed)):
+        path = folder / name
+        if name not in listed:
+            raise BundleError(f"{folder.name}/{name}: not in the manifest: remove it")
+        if name != Path(name).name or path.is_symlink():
+            raise BundleError(f"{folder.name}/{name}: a link or a path, not a file of the bundle")
+        if not path.is_file():
+            raise BundleError(f"{folder.name}/{name}: missing: copy or export the bundle again")

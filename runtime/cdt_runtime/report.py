@@ -1,0 +1,89 @@
+"""Results out: JSON lines for machines, a few plain lines for people."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Any
+
+from cdt_runtime.bundle import Bundle
+from cdt_runtime.classifier import FewShotClassifier, Prediction
+
+NOTICE = "Research use only: not a medical device."
+
+
+def as_record(prediction: Prediction, classifier: FewShotClassifier) -> dict[str, Any]:
+    """Return the JSON object of one prediction; the README lists its keys."""
+    ct = asdict(prediction.ct) if prediction.ct else None
+    return {
+        "tile": prediction.tile,
+        "label": prediction.label,
+        "nearest": prediction.nearest,
+        "probabilities": prediction.probabilities,
+        "distances": prediction.distances,
+        "abstained": prediction.abstained,
+        "reason": prediction.reason,
+        "ct": ct,
+        "channels": prediction.channels,
+        "warnings": list(prediction.warnings),
+        "backend": classifier.engine,
+        "bundle": bundle_name(classifier.bundle),
+        "training_data": classifier.bundle.manifest["training"]["data"],
+        "timings_ms": prediction.timings_ms,
+    }
+
+
+def as_json(prediction: Prediction, classifier: FewShotClassifier) -> str:
+    """Return the JSON line of one prediction."""
+    return json.dumps(as_record(prediction, classifier), ensure_ascii=False)
+
+
+def as_text(prediction: Prediction) -> str:
+    """Return what a person reads of one prediction."""
+    chances = sorted(prediction.probabilities.items(), key=lambda item: -item[1])
+    if prediction.abstained:
+        verdict = f"can't tell ({prediction.reason})"
+    else:
+        verdict = f"{prediction.label}  {chances[0][1]:.2f}"
+    width = max(len(name) for name, _ in chances)
+    lines = [f"{prediction.tile}: {verdict}"]
+    lines += [
+        f"    {name:<{width}}  probability {chance:.3f}  distance {prediction.distances[name]:.3f}"
+        for name, chance in chances
+    ]
+    renamed = [f"{ours} <- {theirs}" for ours, theirs in prediction.channels.items() if theirs]
+    if any(ours != theirs for ours, theirs in prediction.channels.items() if theirs):
+        lines.append(f"    channels: {', '.join(renamed)}")
+    lines += [f"    warning: {warning}" for warning in prediction.warnings]
+    return "\n".join(lines)
+
+
+def context_text(classifier: FewShotClassifier, prediction: Prediction) -> str:
+    """Return the lines that hold for all tiles of a run: CT, bundle, engine, training data."""
+    counts = classifier.prototypes.counts()
+    support = ", ".join(f"{count} {name}" for name, count in counts.items())
+    lines = [
+        f"CT        {_ct_text(prediction)}",
+        f"bundle    {bundle_name(classifier.bundle)}; support tiles: {support}",
+        f"engine    {classifier.engine}",
+        f"trained   on {classifier.bundle.manifest['training']['data']}",
+        NOTICE,
+    ]
+    return "\n".join(lines)
+
+
+def bundle_name(bundle: Bundle) -> str:
+    """Name a bundle as results do: its folder and the start of its hash."""
+    return f"{bundle.path.name} ({bundle.manifest['precision']}, {bundle.identity})"
+
+
+def _ct_text(prediction: Prediction) -> str:
+    ct = prediction.ct
+    if ct is None:
+        return "none: the tile alone decides"
+    timings = prediction.timings_ms
+    if ct.cache_hit:
+        source = "tokens from the cache"
+    else:
+        source = f"read in {timings['ct_read']:.0f} ms, encoded in {timings['ct_encode']:.0f} ms"
+    return "; ".join([ct.series, source, *(f"warning: {warning}" for warning in ct.warnings)])
