@@ -1,0 +1,208 @@
+"""Phantom data as real files: a small hospital to train, test and demonstrate on.
+
+    ct_data/R_001/20000101/SERIES/*.dcm                  CT of the chest
+    pathology_data/Patient_001/region_001/tile.ome.tif   multiplex tiles of two classes
+    pathology_data/labels.csv                            patient,region,label
+    new_patient/ct/*.dcm  new_patient/*.tif              one more patient, in neither of the above
+    PHANTOM.json                                         what it was made with; written last
+
+The CT patients and the tile patients are different people, as in the public data that this stands
+for. Nothing here is a model of disease: it is data on which code can be right or wrong.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from cdt_runtime.errors import DatasetError
+from numpy.typing import NDArray
+
+from cdt_train.data.phantom_tiles import (
+    CHANNELS,
+    CLASSES,
+    MPP,
+    Stain,
+    patient_stain,
+    phantom_tile,
+)
+
+GENERATOR = 1
+"""Raised with every change that alters a pixel: a folder of another version is not reused."""
+
+_MARK = "PHANTOM.json"
+_TILES, _CT = 0, 1  # first word of each random stream, so that no two streams are the same
+
+
+@dataclass(frozen=True)
+class _Made:
+    """What `PHANTOM.json` says."""
+
+    seed: int
+    n_patients: int
+    n_ct: int
+    regions_per_class: int
+    generator: int = GENERATOR
+
+
+def write_phantom(
+    folder: Path,
+    *,
+    seed: int = 0,
+    n_patients: int = 12,
+    n_ct: int = 12,
+    regions_per_class: int = 6,
+) -> None:
+    """Writes a phantom hospital; does nothing where the same one is there already.
+
+    A patient depends on the seed and its own number alone: the first patients of a larger set are
+    those of a smaller one.
+
+    Args:
+        folder: What to create. Files appear in it all at once, or, if the run is cut off, never.
+        seed: Of every random choice.
+        n_patients: Patients with tiles.
+        n_ct: Patients with a CT.
+        regions_per_class: Tiles of each class that a patient has.
+
+    Raises:
+        DatasetError: a count is below 1, or `folder` holds something else.
+    """
+    made = _Made(seed, n_patients, n_ct, regions_per_class)
+    _check(made)
+    if _is_there(folder, made):
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # beside the target, because a rename can't cross file systems; a name of its own for each run
+    partial = folder.with_name(f".{folder.name}.partial-{uuid.uuid4().hex[:8]}")
+    try:
+        _write(partial, made)
+        _move(partial, folder, made)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _check(made: _Made) -> None:
+    for name, value in asdict(made).items():
+        if name != "seed" and value < 1:
+            raise DatasetError(f"{name} = {value}: phantom data need at least 1")
+    if made.seed < 0:
+        raise DatasetError(f"seed = {made.seed}: expected 0 or more")
+
+
+def _is_there(folder: Path, made: _Made) -> bool:
+    if not folder.exists():
+        return False
+    if folder.is_dir() and not any(folder.iterdir()):
+        return False
+    found = _read_mark(folder)
+    if found is None:
+        raise DatasetError(f"{folder} exists and is no phantom data: choose a new folder")
+    if found != asdict(made):
+        raise DatasetError(
+            f"{folder} holds phantom data made with {found}, not with {asdict(made)}: "
+            "delete it or choose a new folder"
+        )
+    return True
+
+
+def _read_mark(folder: Path) -> dict[str, object] | None:
+    try:
+        found = json.loads((folder / _MARK).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _move(partial: Path, folder: Path, made: _Made) -> None:
+    try:
+        os.replace(partial, folder)
+    except OSError:
+        # another run was faster: fine if it wrote the same
+        if not _is_there(folder, made):
+            raise
+
+
+def _write(folder: Path, made: _Made) -> None:
+    _write_pathology(folder / "pathology_data", made)
+    for number in range(1, made.n_ct + 1):
+        patient = f"R_{number:03d}"
+        _write_ct(folder / "ct_data" / patient / "20000101" / "SERIES", patient, made.seed, number)
+    new_patient = folder / "new_patient"
+    _write_ct(new_patient / "ct", "NEW_PATIENT", made.seed, 0)
+    for region, label in enumerate(sorted(CLASSES)):
+        _write_tile(new_patient / f"{label}.tif", _tile(made.seed, 0, region, label))
+    (folder / _MARK).write_text(json.dumps(asdict(made), indent=2) + "\n", encoding="utf-8")
+
+
+def _write_pathology(folder: Path, made: _Made) -> None:
+    folder.mkdir(parents=True)
+    with (folder / "labels.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["patient", "region", "label"])
+        for number in range(1, made.n_patients + 1):
+            patient = f"Patient_{number:03d}"
+            for region, label in _regions(made, number):
+                name = f"region_{region:03d}"
+                tile = _tile(made.seed, number, region, label)
+                _write_tile(folder / patient / name / "tile.ome.tif", tile)
+                writer.writerow([patient, name, label])
+
+
+def _regions(made: _Made, patient: int) -> Iterator[tuple[int, str]]:
+    """Numbers and classes of a patient's regions, shuffled: the number tells nothing."""
+    labels = [label for label in CLASSES for _ in range(made.regions_per_class)]
+    order = np.random.default_rng([made.seed, _TILES, patient]).permutation(len(labels))
+    for region, index in enumerate(order, start=1):
+        yield region, labels[index]
+
+
+def _stain(seed: int, patient: int) -> Stain:
+    return patient_stain(np.random.default_rng([seed, _TILES, patient, 0]))
+
+
+def _tile(seed: int, patient: int, region: int, label: str) -> NDArray[np.uint8]:
+    rng = np.random.default_rng([seed, _TILES, patient, 1, region])
+    return phantom_tile(rng, label, _stain(seed, patient))
+
+
+def _write_tile(path: Path, tile: NDArray[np.uint8]) -> None:
+    """OME-TIFF whatever the name ends in; the same pixels give the same bytes."""
+    import tifffile
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    metadata = {
+        "axes": "CYX",
+        "Channel": {"Name": list(CHANNELS)},
+        "PhysicalSizeX": MPP,
+        "PhysicalSizeXUnit": "µm",
+        "PhysicalSizeY": MPP,
+        "PhysicalSizeYUnit": "µm",
+        "UUID": str(uuid.uuid5(uuid.NAMESPACE_OID, tile.tobytes().hex())),
+    }
+    tifffile.imwrite(
+        path,
+        tile,
+        ome=True,
+        photometric="minisblack",
+        compression="deflate",
+        resolution=(1e4 / MPP, 1e4 / MPP),
+        resolutionunit="CENTIMETER",
+        metadata=metadata,
+    )
+
+
+def _write_ct(folder: Path, patient: str, seed: int, number: int) -> None:
+    from cdt_train.data.phantom_ct import draw_chest, phantom_ct
+    from cdt_train.data.phantom_dicom import write_series
+
+    rng = np.random.default_rng([seed, _CT, number])
+    chest = draw_chest(rng)
+    write_series(folder, phantom_ct(rng, chest), chest.pixel_mm, patient, seed)
