@@ -1,0 +1,130 @@
+"""PNG and JPEG to a raster. The size is read from the header before a decoder is called."""
+
+from __future__ import annotations
+
+import io
+import struct
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from cdt_runtime.errors import TileError
+from cdt_runtime.raster import Raster, drop_alpha, plausible_mpp, turn
+from cdt_runtime.tile_limits import check_bytes, check_pixels, jpeg_frame
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+_ORIENTATION = 0x0112
+_PNG_SAMPLES = {0: 1, 2: 3, 3: 3, 4: 2, 6: 4}
+"""PNG colour type -> samples a pixel once a palette is expanded."""
+
+
+def read_png(data: bytes) -> Raster:
+    """Decode a PNG: gray, RGB, palette (expanded) or an opaque alpha (dropped), 8 or 16 bits.
+
+    Raises:
+        TileError: The file is damaged, too large, bilevel, animated or transparent.
+    """
+    if len(data) < 33 or data[12:16] != b"IHDR":
+        raise TileError("is a PNG without a header: truncated; fetch it again")
+    width, height, depth, colour = struct.unpack_from(">IIBB", data, 16)
+    check_pixels(height, width)
+    if colour not in _PNG_SAMPLES:
+        raise TileError(f"has the PNG colour type {colour}, expected 0, 2, 3, 4 or 6: damaged")
+    check_bytes(height * width * _PNG_SAMPLES[colour] * max(depth // 8, 1))
+    if depth == 1 and colour == 0:
+        raise TileError("is bilevel (1 bit a sample), expected 8 bits or more: save it as gray")
+    if b"acTL" in data[:4096]:
+        raise TileError("is an animated PNG, expected one image: export one frame")
+    if b"IEND" not in data:
+        raise TileError("ends before its end mark: truncated; fetch it again")
+    with _opened(data, "PNG") as image:
+        if depth == 16 and "transparency" in image.info:
+            raise TileError("has one transparent colour in 16 bits: flatten the image")
+        pixels = _png16(data) if depth == 16 else _pixels(image)
+        return _raster(image, pixels, 16 if depth == 16 else 8)
+
+
+def read_jpeg(data: bytes) -> Raster:
+    """Decode a JPEG: gray, or YCbCr and RGB to RGB, 8 bits.
+
+    Raises:
+        TileError: The file is damaged, too large, CMYK or of 12 bits.
+    """
+    frame = jpeg_frame(data)
+    check_pixels(frame.height, frame.width)
+    if frame.bits != 8 or frame.components not in (1, 3):
+        kind = "CMYK" if frame.components == 4 else f"{frame.components} components"
+        raise TileError(
+            f"is a JPEG of {kind}, {frame.bits} bits; expected gray or RGB of 8: convert it"
+        )
+    if frame.end < 0:
+        raise TileError("ends before its end mark: truncated; fetch it again")
+    with _opened(data, "JPEG") as image:
+        return _raster(image, _pixels(image), 8)
+
+
+def _opened(data: bytes, kind: str) -> Image:
+    """A Pillow image, fully decoded."""
+    from PIL import Image
+
+    try:
+        image = Image.open(io.BytesIO(data), formats=[kind])
+        image.load()
+    except Exception as error:
+        reason = " ".join(str(error).split())[:120].replace("<_io.BytesIO object", "it")
+        raise TileError(f"does not decode as {kind} ({reason}): damaged; fetch it again") from error
+    return image
+
+
+def _pixels(image: Image) -> np.ndarray:
+    """`(H, W, C)` uint8; gray palettes and packed gray are expanded by Pillow."""
+    if image.mode == "P" or "transparency" in image.info:
+        image = image.convert("RGBA" if "transparency" in image.info else "RGB")
+    if image.mode not in ("L", "LA", "RGB", "RGBA"):
+        raise TileError(f"has the Pillow mode {image.mode}, expected gray or RGB: convert it")
+    pixels = np.asarray(image)
+    return pixels.reshape(*pixels.shape[:2], -1)
+
+
+def _png16(data: bytes) -> np.ndarray:
+    """`(H, W, C)` uint16; Pillow would cut 16-bit colours to 8."""
+    import imagecodecs
+
+    pixels = np.asarray(imagecodecs.png_decode(data))
+    return pixels.reshape(*pixels.shape[:2], -1)
+
+
+def _raster(image: Image, pixels: np.ndarray, bits: int) -> Raster:
+    notes: tuple[str, ...] = ()
+    if pixels.shape[2] in (2, 4):
+        pixels = drop_alpha(pixels, bits)
+        notes = ("opaque alpha dropped",)
+    mpp, more = _mpp(image)
+    return Raster(
+        pixels=turn(pixels, _orientation(image)),
+        names=("gray",) if pixels.shape[2] == 1 else ("R", "G", "B"),
+        bits=bits,
+        mpp=mpp,
+        warnings=notes + more,
+    )
+
+
+def _orientation(image: Image) -> int:
+    """EXIF Orientation; 1 where there is none or the EXIF can't be parsed."""
+    try:
+        value = image.getexif().get(_ORIENTATION, 1)
+    except Exception as error:
+        raise TileError(f"has damaged EXIF data ({type(error).__name__}): save it again") from error
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def _mpp(image: Image) -> tuple[float | None, tuple[str, ...]]:
+    try:
+        across, down = (float(value) for value in image.info.get("dpi", (0, 0)))
+    except (TypeError, ValueError, ZeroDivisionError):
+        return None, ()
+    if not (across > 0 and down > 0):
+        return None, ()
+    return plausible_mpp(25_400.0 / across, 25_400.0 / down)

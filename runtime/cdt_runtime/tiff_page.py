@@ -1,0 +1,329 @@
+"""One TIFF page: what its tags say, checked against the limits, and its pixels.
+
+Segments (strips and tiles) go to `imagecodecs` one by one, each only after its place in the file
+and its size are known, and each must fill its part of the image: nothing is ever padded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cdt_runtime.errors import TileError
+from cdt_runtime.tiff_ifd import Ifd
+from cdt_runtime.tile_limits import check_bytes, check_pixels, jpeg_frame, stream_size
+
+MAX_SEGMENTS = 100_000
+
+COMPRESSIONS = {
+    1: "none",
+    5: "LZW",
+    7: "JPEG",
+    8: "deflate",
+    32773: "PackBits",
+    32946: "deflate",
+    33005: "JPEG 2000",
+    34712: "JPEG 2000",
+    34925: "LZMA",
+    34927: "WebP",
+    50000: "Zstandard",
+    50001: "WebP",
+}
+IMAGE_CODECS = ("JPEG", "JPEG 2000", "WebP")
+
+_DTYPES = {
+    (1, 8): "u1",
+    (1, 16): "u2",
+    (1, 32): "u4",
+    (2, 16): "i2",
+    (3, 16): "f2",
+    (3, 32): "f4",
+    (3, 64): "f8",
+}
+_FORMATS = {1: "unsigned", 2: "signed", 3: "float", 4: "undefined", 5: "complex", 6: "complex"}
+
+
+@dataclass(frozen=True)
+class Page:
+    """The tags of one page that decide how its pixels are read.
+
+    `segment` is the (height, width) of a tile, or of a strip (the full width).
+    """
+
+    ifd: Ifd
+    height: int
+    width: int
+    samples: int
+    bits: int
+    sample_format: int
+    photometric: int
+    compression: str
+    planar: bool
+    predictor: int
+    segment: tuple[int, int]
+    tiled: bool
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The numpy type, native byte order, that a sample is decoded to."""
+        if self.sample_format == 1 and self.bits < 16:
+            return np.dtype("u1" if self.bits <= 8 else "u2")
+        return np.dtype(_DTYPES[self.sample_format, self.bits])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the decoded page."""
+        return self.height * self.width * self.samples * -(-self.bits // 8)
+
+    @property
+    def kind(self) -> tuple[int, ...]:
+        """What pages of one image have in common."""
+        return (self.height, self.width, self.samples, self.bits, self.sample_format)
+
+
+def parse_page(ifd: Ifd) -> Page:
+    """Read and check the tags of a page; segments are not read yet.
+
+    Raises:
+        TileError: A tag is missing or damaged, the page is too large, or of a kind not read.
+    """
+    height, width = ifd.one(257), ifd.one(256)
+    check_pixels(height, width)
+    samples = ifd.one(277, 1)
+    if not 1 <= samples <= 1024:
+        raise TileError(f"TIFF tag SamplesPerPixel is {samples}, expected 1 to 1024: damaged")
+    if ifd.one(32997, 1) != 1:
+        raise TileError("is a volume (ImageDepth > 1), not a tile: export one plane")
+    page = Page(
+        ifd=ifd,
+        height=height,
+        width=width,
+        samples=samples,
+        bits=ifd.same(258, 1),
+        sample_format=ifd.same(339, 1),
+        photometric=ifd.one(262, 1),
+        compression=_compression(ifd),
+        planar=ifd.one(284, 1) == 2 and samples > 1,
+        predictor=ifd.one(317, 1),
+        segment=_segment_size(ifd, height, width),
+        tiled=322 in ifd,
+    )
+    check_bytes(page.nbytes)
+    return page
+
+
+def _compression(ifd: Ifd) -> str:
+    code = ifd.one(259, 1)
+    if code not in COMPRESSIONS:
+        read = ", ".join(dict.fromkeys(COMPRESSIONS.values()))
+        raise TileError(f"TIFF compression {code} is not read (read: {read}): save it as one")
+    return COMPRESSIONS[code]
+
+
+def _segment_size(ifd: Ifd, height: int, width: int) -> tuple[int, int]:
+    if 322 in ifd:
+        size = ifd.one(323), ifd.one(322)
+        check_pixels(*size)
+        return size
+    return min(max(ifd.one(278, height), 1), height), width
+
+
+def check_samples(page: Page) -> None:
+    """Refuse sample types that have no meaning as intensities, and codecs that can't hold them."""
+    kind = _FORMATS.get(page.sample_format, f"format {page.sample_format}")
+    packed = page.sample_format == 1 and page.bits in (1, 2, 4, 10, 12, 14)
+    if not packed and (page.sample_format, page.bits) not in _DTYPES:
+        raise TileError(
+            f"holds {page.bits}-bit {kind} samples; expected unsigned 8, 16 or 32 bits, "
+            "signed 16 bits or float: convert it"
+        )
+    if page.compression in IMAGE_CODECS and page.sample_format != 1:
+        raise TileError(f"{page.compression} with {kind} samples is not read: save it as deflate")
+    if page.compression in ("JPEG", "WebP") and page.bits != 8:
+        raise TileError(f"{page.bits}-bit {page.compression} is not read: save it as deflate")
+    if packed and page.predictor != 1:
+        raise TileError(f"a predictor over {page.bits}-bit samples is not read: save it without")
+    if page.predictor not in (1, 2) and (page.predictor, page.sample_format) != (3, 3):
+        raise TileError(f"TIFF predictor {page.predictor} on {kind} samples is not read")
+
+
+def read_page(page: Page) -> np.ndarray:
+    """Decode a page.
+
+    Returns:
+        `(H, W, samples)`, native byte order; JPEG YCbCr is already RGB.
+
+    Raises:
+        TileError: A segment is missing, truncated or does not decode to its full size.
+    """
+    spans = _segment_spans(page)
+    image = np.empty((page.height, page.width, page.samples), page.dtype)
+    per_plane = 1 if page.planar else page.samples
+    tile_h, tile_w = page.segment
+    for (plane, top, left), (offset, count) in zip(_segment_places(page), spans, strict=True):
+        what = f"image segment at row {top}, column {left}"
+        data = page.ifd.source.read(offset, count, what)
+        rows, columns = min(tile_h, page.height - top), min(tile_w, page.width - left)
+        need = (rows, columns, per_plane)
+        part = _decode(page, data, need, what)[:rows, :columns]
+        image[top : top + rows, left : left + columns, plane : plane + per_plane] = part
+    return image
+
+
+def _segment_places(page: Page) -> Iterator[tuple[int, int, int]]:
+    """(first sample, top row, left column) of each segment in file order."""
+    for plane in range(page.samples if page.planar else 1):
+        for top in range(0, page.height, page.segment[0]):
+            for left in range(0, page.width, page.segment[1]):
+                yield plane, top, left
+
+
+def _segment_spans(page: Page) -> list[tuple[int, int]]:
+    """(offset, bytes) of each segment; as many as the image size asks for, none of them empty."""
+    tile_h, tile_w = page.segment
+    expected = -(-page.height // tile_h) * -(-page.width // tile_w)
+    expected *= page.samples if page.planar else 1
+    if expected > MAX_SEGMENTS:
+        raise TileError(
+            f"is cut into {expected} segments of {tile_w} x {tile_h} pixels, over the limit of "
+            f"{MAX_SEGMENTS}: save it with larger ones"
+        )
+    tags = (324, 325) if page.tiled else (273, 279)
+    listed = [page.ifd.count(tag) for tag in tags]
+    if listed != [expected, expected]:
+        raise TileError(
+            f"lists {listed[0]} segment offsets and {listed[1]} sizes where the image needs "
+            f"{expected}: the file is damaged; write it again"
+        )
+    offsets, counts = (page.ifd.ints(tag) for tag in tags)
+    if 0 in offsets or 0 in counts:
+        raise TileError("has segments without data (sparse): they are not filled with zeros")
+    return list(zip(offsets, counts, strict=True))
+
+
+def _decode(page: Page, data: bytes, need: tuple[int, int, int], what: str) -> np.ndarray:
+    """One segment as `(rows, columns, samples)`, at least as large as `need`."""
+    try:
+        if page.compression in IMAGE_CODECS:
+            part = _decode_image(page, data, need)
+        else:
+            part = _decode_bytes(page, data, need)
+    except TileError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        raise TileError(
+            f"{what} does not decode as {page.compression} ({reason}): damaged"
+        ) from error
+    if part.ndim != 3 or part.dtype != page.dtype or any(np.less(part.shape, need)):
+        raise TileError(
+            f"{what} decodes to {part.dtype} {part.shape}, expected {page.dtype} {need}: damaged"
+        )
+    return part
+
+
+def _decode_image(page: Page, data: bytes, need: tuple[int, int, int]) -> np.ndarray:
+    """A segment that is an image of its own, whose header must agree before it is decoded."""
+    import imagecodecs
+
+    limit = 4 * page.segment[0] * page.segment[1] + 4096  # encoders may pad to whole blocks
+    height, width = stream_size(data, page.compression)
+    if height < need[0] or width < need[1] or height * width > limit:
+        raise TileError(
+            f"a {page.compression} segment of {width} x {height} pixels stands where "
+            f"{need[1]} x {need[0]} are expected: damaged"
+        )
+    if page.compression == "JPEG":
+        image = _decode_jpeg(page, data)
+    elif page.compression == "WebP":
+        image = imagecodecs.webp_decode(data)
+    else:
+        image = imagecodecs.jpeg2k_decode(data)
+    image = image.reshape(image.shape[0], image.shape[1], -1)
+    if image.shape[2] != need[2]:
+        raise TileError(f"a segment has {image.shape[2]} samples, expected {need[2]}: damaged")
+    return np.asarray(image)
+
+
+def _decode_jpeg(page: Page, data: bytes) -> np.ndarray:
+    """JPEG to RGB or gray.
+
+    libjpeg fills what is missing with gray and only warns, hence the test for the end marker.
+    """
+    import imagecodecs
+
+    if jpeg_frame(data).end < 0:
+        raise TileError("a JPEG segment ends before its end marker: truncated; fetch it again")
+    source = target = None
+    if page.planar:
+        target = 1
+    elif page.photometric == 6:
+        target = 2
+    elif page.photometric == 2:
+        # Aperio stores RGB without a colour transform, and without the JFIF mark that implies one.
+        source = None if data[6:10] == b"JFIF" else 2
+        target = 2
+    tables = page.ifd.data(347) or None
+    return np.asarray(
+        imagecodecs.jpeg8_decode(data, tables=tables, colorspace=source, outcolorspace=target)
+    )
+
+
+def _decode_bytes(page: Page, data: bytes, need: tuple[int, int, int]) -> np.ndarray:
+    """A segment of plain samples, compressed or not."""
+    import imagecodecs
+
+    tile_h, tile_w = page.segment
+    rows = tile_h if page.tiled else need[0]
+    run = tile_w * need[2]
+    row_bytes = -(-run * page.bits // 8)
+    if page.ifd.one(266, 1) == 2:
+        data = bytes(imagecodecs.bitorder_decode(data))
+    raw = _decompressor(page.compression)(data, tile_h * row_bytes)
+    if len(raw) < rows * row_bytes:
+        raise TileError(
+            f"a segment holds {len(raw)} bytes of pixels, expected {rows * row_bytes}: truncated; "
+            "fetch it again"
+        )
+    flat = _unpack(page, raw[: rows * row_bytes], run)
+    return _unpredict(page, flat.reshape(rows, tile_w, need[2]))
+
+
+def _decompressor(name: str) -> Callable[[bytes, int], bytes]:
+    """`(data, limit) -> bytes`: never more than `limit` bytes come out."""
+    import imagecodecs
+
+    decode = {
+        "LZW": imagecodecs.lzw_decode,
+        "deflate": imagecodecs.zlib_decode,
+        "PackBits": imagecodecs.packbits_decode,
+        "LZMA": imagecodecs.lzma_decode,
+        "Zstandard": imagecodecs.zstd_decode,
+    }.get(name)
+    if decode is None:
+        return lambda data, limit: data[:limit]
+    return lambda data, limit: bytes(decode(data, out=limit))
+
+
+def _unpack(page: Page, raw: bytes, run: int) -> np.ndarray:
+    import imagecodecs
+
+    if page.bits in (8, 16, 32, 64):
+        # the floating-point predictor shuffles bytes: it takes them as they lie
+        order = "=" if page.predictor == 3 else page.ifd.source.order
+        stored = np.frombuffer(raw, page.dtype.newbyteorder(order))  # type: ignore[arg-type]
+        return stored.astype(page.dtype)
+    return np.asarray(imagecodecs.packints_decode(raw, page.dtype, page.bits, runlen=run))
+
+
+def _unpredict(page: Page, samples: np.ndarray) -> np.ndarray:
+    import imagecodecs
+
+    if page.predictor == 2:
+        return np.asarray(imagecodecs.delta_decode(samples, axis=-2))
+    if page.predictor == 3:
+        return np.asarray(imagecodecs.floatpred_decode(samples, axis=-2))
+    return samples
