@@ -1,0 +1,229 @@
+"""A folder of DICOM files -> a CT volume in Hounsfield units (HU).
+
+    scan_series   headers only: finds the series, checks its geometry, hashes its files
+    load_volume   decodes the pixels of a scanned series
+    read_series   both
+
+The scan alone tells whether a series can be used and names it (`series_hash`), so that a caller can
+look into a cache before any pixel is decoded. Everything wrong with the input is a SeriesError of
+one line. No header text leaves this module: attributes are named, their values are not, save sizes
+and geometry.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from cdt_runtime.ct_folder import check_alike, choose, drop_odd_orientation, in_order, scan_folder
+from cdt_runtime.ct_geometry import Geometry, geometry_of
+from cdt_runtime.dicom_frame import MAX_VOXELS, Frame, Vector, frames_of
+from cdt_runtime.dicom_header import PixelFile, quiet
+from cdt_runtime.dicom_pixels import frame_hu, open_raw, padding_in_tissue, payloads
+from cdt_runtime.errors import SeriesError
+
+MAX_THREADS = 8
+HASH_CHUNK = 1 << 20
+
+
+def _describe(shape: tuple[int, int, int], spacing_mm: Vector) -> str:
+    (depth, height, width), (dz, dy, dx) = shape, spacing_mm
+    return f"{depth} slices of {width} x {height}, {dx:.2f} x {dy:.2f} x {dz:.2f} mm"
+
+
+@dataclass(frozen=True, eq=False)
+class Volume:
+    """A CT volume in canonical orientation.
+
+    Attributes:
+        hu: `(D, H, W)` float32 HU, at least -1024; z grows to the head, y to the back, x to the
+            patient's left.
+        spacing_mm: (z, y, x).
+        origin_mm: LPS (x, y, z) of the centre of voxel (0, 0, 0).
+        direction: row i is the LPS unit vector (x, y, z) of array axis i.
+        series_hash: sha256 of the slice files in slice order, in hexadecimal.
+        warnings: one line each.
+    """
+
+    hu: npt.NDArray[np.float32] = field(repr=False)
+    spacing_mm: Vector
+    origin_mm: Vector
+    direction: tuple[Vector, Vector, Vector]
+    series_hash: str
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def description(self) -> str:
+        """Size and spacing in words, x before y before z; never any header text."""
+        depth, height, width = self.hu.shape
+        return _describe((depth, height, width), self.spacing_mm)
+
+
+@dataclass(frozen=True, eq=False)
+class Series:
+    """A CT series whose headers were read and found good.
+
+    Attributes:
+        frames: its slices, ordered towards the head.
+        geometry: the grid that they fill.
+        series_hash: sha256 of the slice files in slice order, in hexadecimal.
+        warnings: one line each.
+    """
+
+    frames: tuple[Frame, ...] = field(repr=False)
+    geometry: Geometry = field(repr=False)
+    series_hash: str
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def description(self) -> str:
+        """As the description of the volume that it becomes."""
+        return _describe(self.geometry.shape, self.geometry.spacing_mm)
+
+
+def scan_series(
+    folder: str | os.PathLike[str],
+    *,
+    series_uid: str | None = None,
+    min_slices: int = 8,
+    allow_resample: bool = False,
+) -> Series:
+    """Finds the CT series in a folder and checks everything but its pixels.
+
+    Args:
+        folder: searched with all its subfolders; links are not followed.
+        series_uid: the SeriesInstanceUID to take where there are several.
+        min_slices: fewer are an error.
+        allow_resample: interpolate to an even grid where slice gaps differ, instead of an error.
+
+    Raises:
+        SeriesError: no series, more than one, or one that can't become a volume.
+    """
+    with quiet():
+        headers, warnings = choose(scan_folder(Path(folder)), series_uid)
+        frames, odd = drop_odd_orientation([f for header in headers for f in frames_of(header)])
+        check_alike(frames)
+        frames, copies = in_order(frames)
+    _check_number(frames, min_slices)
+    geometry, uneven = geometry_of(frames, allow_resample)
+    notes = [*warnings, *odd, *copies, *uneven, *_value_warnings(frames)]
+    return Series(tuple(frames), geometry, _hash(frames), tuple(notes))
+
+
+def _check_number(frames: Sequence[Frame], min_slices: int) -> None:
+    if len(frames) < min_slices:
+        raise SeriesError(
+            f"the series has {len(frames)} slices, expected at least {min_slices}: give the full "
+            "series"
+        )
+    voxels = len(frames) * frames[0].layout.rows * frames[0].layout.columns
+    if voxels > MAX_VOXELS:
+        raise SeriesError(f"the series has {voxels} voxels, expected at most {MAX_VOXELS}: crop it")
+
+
+def _value_warnings(frames: Sequence[Frame]) -> list[str]:
+    """What is odd about the values but not wrong."""
+    checks = {
+        "RescaleSlope or RescaleIntercept is missing: 1 and 0 were taken": [
+            not f.rescale.given for f in frames
+        ],
+        "PixelPaddingValue lies inside the range of tissue: not masked": [
+            padding_in_tissue(f) for f in frames
+        ],
+        "the pixels were compressed with loss": [f.file.syntax.lossy for f in frames],
+    }
+    return [f"{text} ({sum(hits)} slices)" for text, hits in checks.items() if any(hits)]
+
+
+def _files(frames: Sequence[Frame]) -> list[PixelFile]:
+    """Each file once, in slice order."""
+    return list({frame.file.name: frame.file for frame in frames}.values())
+
+
+def _hash(frames: Sequence[Frame]) -> str:
+    digest = hashlib.sha256()
+    for file in _files(frames):
+        with open_raw(file) as stream:
+            while chunk := stream.read(HASH_CHUNK):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def load_volume(series: Series) -> Volume:
+    """Decodes the pixels of a scanned series.
+
+    Raises:
+        SeriesError: a file changed since the scan, or its pixels are damaged.
+    """
+    geometry = series.geometry
+    stack = np.empty((len(series.frames), *geometry.shape[1:]), np.float32)
+
+    def fill(file: PixelFile, slots: Sequence[tuple[int, Frame]]) -> None:
+        wanted = {frame.index: (slot, frame) for slot, frame in slots}
+        for index, payload in enumerate(payloads(file, slots[0][1].layout)):
+            if index in wanted:
+                slot, frame = wanted[index]
+                stack[slot] = geometry.turn(frame_hu(payload, frame))
+
+    numbered = sorted(enumerate(series.frames), key=lambda pair: pair[1].file.name)
+    jobs = [(slots[0][1].file, slots) for slots in _by_file(numbered)]
+    with quiet(), ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool:
+        list(pool.map(lambda job: fill(*job), jobs))
+    _check_hu(stack, series.frames)
+    return Volume(
+        hu=_resampled(stack, geometry),
+        spacing_mm=geometry.spacing_mm,
+        origin_mm=geometry.origin_mm,
+        direction=geometry.direction,
+        series_hash=series.series_hash,
+        warnings=series.warnings,
+    )
+
+
+def _by_file(numbered: Sequence[tuple[int, Frame]]) -> list[list[tuple[int, Frame]]]:
+    groups = groupby(numbered, key=lambda pair: pair[1].file.name)
+    return [list(group) for _, group in groups]
+
+
+def _check_hu(stack: npt.NDArray[np.float32], frames: Sequence[Frame]) -> None:
+    """Without a rescale the values must look like HU: air is below zero."""
+    odd = next((frame for frame in frames if not frame.rescale.given), None)
+    if odd is not None and stack.min() >= 0:
+        raise SeriesError(
+            f"{odd.name}: RescaleIntercept is missing and no value lies below 0, so they can't be "
+            "HU: export the series again from the archive"
+        )
+
+
+def _resampled(stack: npt.NDArray[np.float32], geometry: Geometry) -> npt.NDArray[np.float32]:
+    """Linear interpolation between the two nearest slices; a whole number is that slice itself."""
+    at = np.array(geometry.at)
+    if np.array_equal(at, np.arange(len(stack))):
+        return stack
+    below = np.minimum(at.astype(int), len(stack) - 2)
+    out = np.empty(geometry.shape, np.float32)
+    for slot, (low, part) in enumerate(zip(below, (at - below).astype(np.float32), strict=True)):
+        out[slot] = stack[low] * (1 - part) + stack[low + 1] * part
+    return out
+
+
+def read_series(
+    folder: str | os.PathLike[str],
+    *,
+    series_uid: str | None = None,
+    min_slices: int = 8,
+    allow_resample: bool = False,
+) -> Volume:
+    """`scan_series`, then `load_volume`."""
+    series = scan_series(
+        folder, series_uid=series_uid, min_slices=min_slices, allow_resample=allow_resample
+    )
+    return load_volume(series)

@@ -1,0 +1,217 @@
+"""Where the slices of a series lie: order, gaps, orientation.
+
+Positions alone count, never names, InstanceNumber or the tilt attribute.
+Slices are ordered towards the head along their normal. In LPS coordinates x grows to the patient's
+left, y to the back and z to the head, so the canonical array axes (z, y, x) have a direction matrix
+near the identity with its rows reversed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from cdt_runtime.dicom_frame import MAX_SPACING_MM, MAX_VOXELS, MIN_SPACING_MM, Frame, Vector
+from cdt_runtime.errors import SeriesError
+
+Array = npt.NDArray[np.float64]
+
+COS_45 = math.cos(math.radians(45)) - 1e-9
+PLANES = ("sagittal", "coronal", "axial")
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The grid of a volume and how its slices get there."""
+
+    shape: tuple[int, int, int]
+    """(D, H, W) of the canonical volume."""
+    spacing_mm: Vector
+    """(z, y, x)."""
+    origin_mm: Vector
+    """LPS (x, y, z) of voxel (0, 0, 0)."""
+    direction: tuple[Vector, Vector, Vector]
+    """Row i: LPS unit vector of array axis i."""
+    swap: bool
+    """Transpose a slice before it is flipped."""
+    flip: tuple[bool, bool]
+    """Flip a slice's rows, its columns (after the transpose)."""
+    at: tuple[float, ...]
+    """Where each output slice lies, counted in input slices: whole numbers but after resampling."""
+
+    def turn(self, pixels: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """A slice as it is stored -> as it lies in the canonical volume."""
+        turned = pixels.T if self.swap else pixels
+        return turned[:: -1 if self.flip[0] else 1, :: -1 if self.flip[1] else 1]
+
+
+def normal_of(frame: Frame) -> Array:
+    """Unit normal of a slice; its sign is as the header has it."""
+    normal = np.cross(frame.row_direction, frame.column_direction)
+    return np.asarray(normal / np.linalg.norm(normal))
+
+
+def headward_normal(frame: Frame) -> Array:
+    """Unit normal that points to the head.
+
+    Raises:
+        SeriesError: the slice is more than 45 degrees off axial.
+    """
+    normal = normal_of(frame)
+    if abs(normal[2]) < COS_45:
+        plane = PLANES[int(np.argmax(np.abs(normal)))]
+        angle = math.degrees(math.acos(min(1.0, abs(float(normal[2])))))
+        raise SeriesError(
+            f"{frame.name}: the series is {plane}, {angle:.0f} degrees off axial, expected at most "
+            "45: give the axial series"
+        )
+    return normal if normal[2] > 0 else -normal
+
+
+def along(frames: Sequence[Frame], normal: Array) -> Array:
+    """`(n,)` millimetres of each slice along the normal."""
+    return np.array([frame.position for frame in frames]) @ normal
+
+
+def tolerance(gap: float) -> float:
+    """Jitter of slice positions that scanners and rounding make, in mm."""
+    return max(0.01 * gap, 0.1)
+
+
+def _check_shift(frames: Sequence[Frame], normal: Array, gap: float) -> None:
+    """Slices must be stacked along their normal: anything else is a tilted gantry or a shift."""
+    offsets = np.array([frame.position for frame in frames])
+    offsets -= offsets[0]
+    depth = offsets @ normal
+    sideways = np.linalg.norm(offsets - depth[:, None] * normal, axis=1)
+    # Directions are written with few digits, which tells over a long series.
+    bad = np.flatnonzero(sideways > tolerance(gap) + 1e-3 * depth)
+    if not len(bad):
+        return
+    angle = math.degrees(math.atan2(sideways[-1], depth[-1]))
+    steady = np.allclose(
+        sideways, depth * sideways[-1] / depth[-1], atol=tolerance(gap) + 0.01 * gap
+    )
+    if steady:
+        raise SeriesError(
+            f"the gantry was tilted: slices shift sideways by {angle:.1f} degrees against their "
+            "normal, expected 0: correct the tilt when exporting the series"
+        )
+    first = int(bad[0])
+    raise SeriesError(
+        f"{frames[first].name}: slice shifted sideways by {sideways[first]:.2f} mm at index "
+        f"{first}, expected at most {tolerance(gap):.2f} mm: take out the slices of another scan"
+    )
+
+
+def _uneven(depth: Array, gap: float) -> int | None:
+    """Index of the first gap that is not `gap`, or None.
+
+    Gaps may each be right and still add up to a drift, so the whole is held against a ruler too.
+    """
+    bad = np.flatnonzero(np.abs(np.diff(depth) - gap) > tolerance(gap) + 1e-6)
+    if len(bad):
+        return int(bad[0])
+    drift = np.abs(depth - np.linspace(depth[0], depth[-1], len(depth)))
+    return max(int(drift.argmax()) - 1, 0) if drift.max() > 2 * tolerance(gap) else None
+
+
+def _grid(
+    frames: Sequence[Frame], depth: Array, allow_resample: bool
+) -> tuple[float, tuple[float, ...], list[str]]:
+    """Slice spacing, where the output slices lie, and warnings."""
+    gaps = np.diff(depth)
+    gap = float(np.median(gaps))
+    index = _uneven(depth, gap)
+    if index is None:
+        return float(gaps.mean()), tuple(map(float, range(len(depth)))), []
+    between = f"between {frames[index].name} and {frames[index + 1].name}"
+    if not allow_resample:
+        raise SeriesError(
+            f"slice gap {gaps[index]:.4g} mm at index {index}, expected {gap:.4g} mm: find what is "
+            f"missing {between}, or interpolate with --allow-resample"
+        )
+    count = int((depth[-1] - depth[0]) / gap + 1e-6) + 1
+    if count * frames[0].layout.rows * frames[0].layout.columns > MAX_VOXELS:
+        raise SeriesError(
+            f"slice gap {gaps.max():.4g} mm {between} is too wide to resample to {gap:.4g} mm: "
+            "take out the stray slice"
+        )
+    at = np.interp(depth[0] + gap * np.arange(count), depth, np.arange(len(depth)))
+    warning = (
+        f"slice gaps are uneven ({gaps.min():.4g} to {gaps.max():.4g} mm): interpolated to "
+        f"{gap:.4g} mm"
+    )
+    return gap, tuple(map(float, at)), [warning]
+
+
+def _single(frame: Frame) -> tuple[float, tuple[float, ...], list[str]]:
+    thickness = frame.thickness
+    if thickness is None:
+        raise SeriesError(
+            f"{frame.name}: SliceThickness is missing, a lone slice needs it: add slices"
+        )
+    return thickness, (0.0,), ["one slice only: its SliceThickness was taken as the slice spacing"]
+
+
+def _in_plane(frame: Frame) -> tuple[bool, tuple[bool, bool], Array, Array]:
+    """Transpose, flips and the canonical y and x directions of a slice."""
+    row, column = np.array(frame.row_direction), np.array(frame.column_direction)
+    swap = bool(abs(row[0]) + abs(column[1]) < abs(row[1]) + abs(column[0]))
+    y, x = (row, column) if swap else (column, row)
+    flip = bool(y[1] < 0), bool(x[0] < 0)
+    return swap, flip, -y if flip[0] else y, -x if flip[1] else x
+
+
+def _vector(values: Array) -> Vector:
+    x, y, z = (float(v) + 0.0 for v in values)  # + 0.0 turns -0.0 into 0.0
+    return x, y, z
+
+
+def geometry_of(frames: Sequence[Frame], allow_resample: bool) -> tuple[Geometry, tuple[str, ...]]:
+    """The canonical grid of slices that are ordered towards the head.
+
+    Args:
+        frames: at least one; equal in size, spacing and orientation; no two at one position.
+        allow_resample: interpolate where gaps differ, instead of an error.
+
+    Returns:
+        The geometry and the warnings to report.
+
+    Raises:
+        SeriesError: gaps differ, the gantry was tilted, or the series is not axial.
+    """
+    first = frames[0]
+    normal = headward_normal(first)
+    depth = along(frames, normal)
+    if len(frames) > 1:
+        _check_shift(frames, normal, float(np.median(np.diff(depth))))
+        gap, at, warnings = _grid(frames, depth, allow_resample)
+    else:
+        gap, at, warnings = _single(first)
+    if not MIN_SPACING_MM <= gap <= MAX_SPACING_MM:
+        raise SeriesError(
+            f"slice spacing is {gap:.4g} mm, expected {MIN_SPACING_MM} to {MAX_SPACING_MM:g} mm: "
+            "give the full series"
+        )
+    swap, flip, y, x = _in_plane(first)
+    rows, columns = first.layout.rows, first.layout.columns
+    height, width = (columns, rows) if swap else (rows, columns)
+    dy, dx = reversed(first.spacing) if swap else first.spacing
+    origin = np.array(first.position)
+    # A flipped axis starts at what was its far end.
+    origin -= y * (dy * (height - 1) * flip[0]) + x * (dx * (width - 1) * flip[1])
+    grid = Geometry(
+        shape=(len(at), height, width),
+        spacing_mm=(gap, dy, dx),
+        origin_mm=_vector(origin),
+        direction=(_vector(normal), _vector(y), _vector(x)),
+        swap=swap,
+        flip=flip,
+        at=at,
+    )
+    return grid, tuple(warnings)
