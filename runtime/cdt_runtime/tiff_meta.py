@@ -51,7 +51,7 @@ def layout(pages: Sequence[Page]) -> Layout:
     if text.startswith("ImageJ="):
         return _imagej(text, pages[0], planes)
     if text.startswith("{"):
-        return _shaped(text, pages[0], planes)
+        return _shaped(text, planes, sum(page.height * page.width * page.samples for page in pages))
     if "PerkinElmer-QPI" in text[:2000]:
         return _perkin_elmer(pages, planes)
     if 34412 in pages[0].ifd or 33629 in pages[0].ifd:
@@ -143,8 +143,14 @@ def _imagej(text: str, page: Page, planes: int) -> Layout:
     return Layout(tuple(range(planes)), mpp=mpp)
 
 
-def _shaped(text: str, page: Page, planes: int) -> Layout:
-    """The JSON that tifffile writes: `{"shape": [7, 500, 500], "axes": "CYX"}`."""
+def _shaped(text: str, planes: int, samples: int) -> Layout:
+    """The JSON that tifffile writes: `{"shape": [7, 500, 500], "axes": "CYX"}`.
+
+    Args:
+        text: the description.
+        planes: pages, or samples of the one page.
+        samples: all numbers in all pages.
+    """
     plain = Layout(tuple(range(planes)))
     try:
         facts = json.loads(text) if len(text) <= MAX_XML else {}
@@ -153,10 +159,10 @@ def _shaped(text: str, page: Page, planes: int) -> Layout:
     except (ValueError, AttributeError, TypeError, RecursionError, OverflowError):
         return plain
     _refuse_stack({axis: size for axis, size in zip(axes, shape, strict=False) if axis in "ZT"})
-    if shape and math.prod(shape) != planes * page.height * page.width:
+    if shape and math.prod(shape) != samples:
         raise TileError(
-            f"says its shape is {shape[:8]} but holds {planes} planes of {page.width} x "
-            f"{page.height}: truncated or damaged; save it as OME-TIFF"
+            f"says its shape is {shape[:8]} but holds {samples} samples: "
+            "truncated or damaged; save it as OME-TIFF"
         )
     if isinstance(names, list) and len(names) == planes:
         return replace(plain, names=tuple(map(str, names)))
