@@ -120,9 +120,8 @@ def _check_photometric(page: Page) -> None:
 
 def _names(planes: Layout) -> tuple[str, ...] | None:
     """The channel names that the file gives; None where some only count."""
-    if planes.names is None or any(is_placeholder(name) for name in planes.names):
-        return None
-    return tuple(_printable(name) for name in planes.names)
+    names = tuple(_printable(name) for name in planes.names or ())
+    return None if not names or any(map(is_placeholder, names)) else names
 
 
 def _printable(name: str) -> str:

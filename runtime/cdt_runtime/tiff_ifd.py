@@ -16,7 +16,10 @@ from cdt_runtime.errors import TileError
 
 MAX_PAGES = 512
 MAX_TAGS = 1024
-MAX_VALUE_BYTES = 32 * 2**20
+MAX_VALUES = 1024
+"""Most values of a tag that has one value a page or a sample."""
+
+MAX_VALUE_BYTES = 8 * 2**20
 """Longest value of one tag that is read: the OME-XML of a large experiment fits."""
 
 # TIFF type -> (bytes, struct code); text and unknown types have no code.
@@ -101,8 +104,13 @@ class Ifd:
             raise TileError(f"{self._name(tag)} claims {entry.count} values: damaged; {_RE_SAVE}")
         return self.source.read(entry.offset, size, self._name(tag))
 
-    def ints(self, tag: int) -> tuple[int, ...]:
-        """The whole numbers of a tag; empty where the tag is absent."""
+    def ints(self, tag: int, most: int = MAX_VALUES) -> tuple[int, ...]:
+        """The whole numbers of a tag, at most `most`; empty where the tag is absent."""
+        if self.count(tag) > most:
+            raise TileError(
+                f"{self._name(tag)} claims {self.count(tag)} values, expected {most} or fewer: "
+                "damaged"
+            )
         return tuple(int(value) for value in self._unpack(tag, _INTEGERS, "whole numbers"))
 
     def one(self, tag: int, default: int | None = None) -> int:
@@ -126,7 +134,7 @@ class Ifd:
 
     def ratio(self, tag: int) -> float:
         """A RATIONAL as a number; 0.0 where absent or not a ratio of positive numbers."""
-        if tag not in self.entries or self.entries[tag].kind != 5:
+        if self.count(tag) != 1 or self.entries[tag].kind != 5:
             return 0.0
         values = self._unpack(tag, (5,), "a ratio")
         if len(values) < 2 or values[1] == 0:

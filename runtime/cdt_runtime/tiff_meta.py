@@ -16,7 +16,10 @@ from cdt_runtime.errors import TileError
 from cdt_runtime.tiff_page import Page
 
 MAX_XML = 4 * 2**20
-"""Longest metadata text that is parsed, characters."""
+"""Longest OME-XML that is parsed, characters."""
+
+MAX_TEXT = 2**16
+"""Longest other description that is parsed, characters."""
 
 _MICRONS = {
     "µm": 1.0, "μm": 1.0, "um": 1.0, "micron": 1.0, "microns": 1.0, "\\u00b5m": 1.0,
@@ -49,7 +52,7 @@ def layout(pages: Sequence[Page]) -> Layout:
     if re.search(r"<(\w+:)?OME[\s>]", text[:20_000]):
         return _ome(text, pages[0], planes)
     if text.startswith("ImageJ="):
-        return _imagej(text, pages[0], planes)
+        return _imagej(text[:MAX_TEXT], pages[0], planes)
     if text.startswith("{"):
         return _shaped(text, planes, sum(page.height * page.width * page.samples for page in pages))
     if "PerkinElmer-QPI" in text[:2000]:
@@ -90,13 +93,13 @@ def _ome(text: str, page: Page, planes: int) -> Layout:
     )
 
 
-def _xml(text: str) -> ElementTree.Element:
-    if len(text) > MAX_XML or "<!DOCTYPE" in text or "<!ENTITY" in text:
-        raise TileError("its OME-XML is too long or declares entities: not read; export it again")
+def _xml(text: str, longest: int = MAX_XML) -> ElementTree.Element:
+    if len(text) > longest or "<!DOCTYPE" in text or "<!ENTITY" in text:
+        raise TileError("its XML is too long or declares entities: not read; export it again")
     try:
         return ElementTree.fromstring(text)
     except (ElementTree.ParseError, ValueError) as error:
-        raise TileError(f"its OME-XML is damaged ({error}): export the file again") from error
+        raise TileError(f"its XML is damaged ({error}): export the file again") from error
 
 
 def _children(node: ElementTree.Element, name: str) -> list[ElementTree.Element]:
@@ -153,7 +156,7 @@ def _shaped(text: str, planes: int, samples: int) -> Layout:
     """
     plain = Layout(tuple(range(planes)))
     try:
-        facts = json.loads(text) if len(text) <= MAX_XML else {}
+        facts = json.loads(text) if len(text) <= MAX_TEXT else {}
         shape, axes = [int(size) for size in facts.get("shape", ())], str(facts.get("axes", ""))
         names = facts.get("Channel", {}).get("Name") if "Channel" in facts else None
     except (ValueError, AttributeError, TypeError, RecursionError, OverflowError):
@@ -173,7 +176,7 @@ def _perkin_elmer(pages: Sequence[Page], planes: int) -> Layout:
     """Vectra, Polaris and inForm: one page a channel, its name in the page's own XML."""
     if len(pages) == 1:
         return Layout(tuple(range(planes)))
-    roots = [_xml(page.ifd.text(270)) for page in pages]
+    roots = [_xml(page.ifd.text(270), MAX_TEXT) for page in pages]
     names = tuple((root.findtext("Name") or "").strip() for root in roots)
     return Layout(tuple(range(planes)), names=names)
 

@@ -63,6 +63,7 @@ class Page:
     compression: str
     planar: bool
     predictor: int
+    fill_order: int
     segment: tuple[int, int]
     tiled: bool
 
@@ -108,6 +109,7 @@ def parse_page(ifd: Ifd) -> Page:
         compression=_compression(ifd),
         planar=ifd.one(284, 1) == 2 and samples > 1,
         predictor=ifd.one(317, 1),
+        fill_order=ifd.one(266, 1),
         segment=_segment_size(ifd, height, width),
         tiled=322 in ifd,
     )
@@ -165,9 +167,9 @@ def read_page(page: Page) -> np.ndarray:
     tile_h, tile_w = page.segment
     for (plane, top, left), (offset, count) in zip(_segment_places(page), spans, strict=True):
         what = f"image segment at row {top}, column {left}"
-        data = page.ifd.source.read(offset, count, what)
         rows, columns = min(tile_h, page.height - top), min(tile_w, page.width - left)
         need = (rows, columns, per_plane)
+        data = page.ifd.source.read(offset, _stored(page, need, count), what)
         part = _decode(page, data, need, what)[:rows, :columns]
         image[top : top + rows, left : left + columns, plane : plane + per_plane] = part
     return image
@@ -198,10 +200,29 @@ def _segment_spans(page: Page) -> list[tuple[int, int]]:
             f"lists {listed[0]} segment offsets and {listed[1]} sizes where the image needs "
             f"{expected}: the file is damaged; write it again"
         )
-    offsets, counts = (page.ifd.ints(tag) for tag in tags)
+    offsets, counts = (page.ifd.ints(tag, MAX_SEGMENTS) for tag in tags)
     if 0 in offsets or 0 in counts:
         raise TileError("has segments without data (sparse): they are not filled with zeros")
+    _check_counts(page, max(counts))
     return list(zip(offsets, counts, strict=True))
+
+
+def _check_counts(page: Page, largest: int) -> None:
+    """Refuse segments far larger than their pixels: many of them could share one block of bytes."""
+    pixels = page.segment[0] * page.segment[1] * -(-page.bits // 8)
+    limit = 2 * pixels * (1 if page.planar else page.samples) + 2**16
+    if largest > limit and page.compression != "none":
+        raise TileError(
+            f"has a compressed segment of {largest} bytes for {limit} bytes of pixels: damaged"
+        )
+
+
+def _stored(page: Page, need: tuple[int, int, int], count: int) -> int:
+    """How many bytes of a segment to read: of plain samples no more than there are pixels."""
+    if page.compression != "none":
+        return count
+    rows = page.segment[0] if page.tiled else need[0]
+    return min(count, rows * -(-page.segment[1] * need[2] * page.bits // 8))
 
 
 def _decode(page: Page, data: bytes, need: tuple[int, int, int], what: str) -> np.ndarray:
@@ -266,6 +287,8 @@ def _decode_jpeg(page: Page, data: bytes) -> np.ndarray:
         # Aperio stores RGB without a colour transform, and without the JFIF mark that implies one.
         source = None if data[6:10] == b"JFIF" else 2
         target = 2
+    if page.ifd.count(347) > 2**16:
+        raise TileError("has JPEG tables of more than 64 KiB: damaged; write the file again")
     tables = page.ifd.data(347) or None
     return np.asarray(
         imagecodecs.jpeg8_decode(data, tables=tables, colorspace=source, outcolorspace=target)
@@ -280,7 +303,7 @@ def _decode_bytes(page: Page, data: bytes, need: tuple[int, int, int]) -> np.nda
     rows = tile_h if page.tiled else need[0]
     run = tile_w * need[2]
     row_bytes = -(-run * page.bits // 8)
-    if page.ifd.one(266, 1) == 2:
+    if page.fill_order == 2:
         data = bytes(imagecodecs.bitorder_decode(data))
     raw = _decompressor(page.compression)(data, tile_h * row_bytes)
     if len(raw) < rows * row_bytes:

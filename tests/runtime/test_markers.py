@@ -69,7 +69,7 @@ def test_the_exact_name_goes_before_a_synonym() -> None:
 
 def test_two_synonyms_of_one_marker_are_refused() -> None:
     with pytest.raises(
-        TileError, match="a.tif: has two channels for 'PanCK': 'CK' and 'Cytokeratin'"
+        TileError, match=r"a\.tif: has two channels for 'PanCK': 'CK' and 'Cytokeratin'"
     ):
         match_channels(tile_of("CK", "Cytokeratin"), ["PanCK"])
 

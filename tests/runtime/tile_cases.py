@@ -6,6 +6,7 @@ import io
 import struct
 import zlib
 
+import imagecodecs
 import numpy as np
 import tifffile
 from PIL import Image
@@ -41,6 +42,18 @@ def palette_tiff() -> tuple[bytes, np.ndarray]:
     table = RNG.integers(0, 65536, (3, 256), dtype=np.uint16)
     colours = (table >> 8).astype(np.uint8).T
     return written(GRAY8, photometric="palette", colormap=table), colours[GRAY8]
+
+
+def png_raw(
+    width: int, height: int, depth: int, colour: int, rows: bytes, interlace: int = 0
+) -> bytes:
+    """A PNG of rows with their filter bytes."""
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, interlace)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+        for name, body in chunks
+    )
 
 
 PALETTE, PALETTE_COLOURS = palette_tiff()
@@ -102,6 +115,11 @@ READ: list[tuple[str, bytes, np.ndarray, tuple[str, ...], int]] = [
     ("png gray 16", photo(GRAY16, "PNG"), GRAY16[..., None], ("gray",), 16),
     ("png gray alpha", photo(np.dstack([GRAY8, GRAY8 * 0 + 255]),
      "PNG"), GRAY8[..., None], ("gray",), 8),
+    ("png gray 4", png_raw(4, 1, 4, 0, b"\0\x01\x7f"), PACKED4[..., None] * 17, ("gray",), 8),
+    ("png rgb 16", imagecodecs.png_encode(RGB8.astype("u2") * 257), RGB8.astype("u2") * 257,
+     ("R", "G", "B"), 16),
+    ("png interlaced", png_raw(3, 1, 8, 0, b"\0\x01" b"\0\x02" b"\0\x03", interlace=1),
+     np.array([[1, 3, 2]], np.uint8)[..., None], ("gray",), 8),
     ("png palette", photo(RGB8 // 128 * 128, "PNG", "P"),
      np.asarray(Image.fromarray(RGB8 // 128 * 128).convert("P").convert("RGB")), ("R", "G",
      "B"), 8),
@@ -152,6 +170,15 @@ def png_of(width: int, height: int) -> bytes:
     data[16:24] = struct.pack(">II", width, height)
     data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
     return bytes(data)
+
+
+def png_rows_missing() -> bytes:
+    """A whole, well-formed PNG whose pixels end after 5 of 20 rows."""
+    return png_raw(30, 20, 8, 0, b"".join(b"\0" + row.tobytes() for row in GRAY8[:5]))
+
+
+def changed(data: bytes, at: int) -> bytes:
+    return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
 
 
 def jpeg_of(width: int, height: int) -> bytes:
@@ -211,6 +238,8 @@ REFUSED: list[tuple[str, bytes, str]] = [
      "lists 1 segment offsets and 1 sizes where the image needs 2"),
     ("sparse", build(gray(2, 2, bytes(4)) | {"sparse": True}), r"segments without data \(sparse\)"),
     ("65535 samples", build(gray(1, 1, b"\0", t277=(SHORT, [65535]))), "SamplesPerPixel is 65535"),
+    ("many values", build(gray(1, 1, b"\0", t284=(SHORT, [1] * 2000))), "claims 2000 values"),
+    ("huge segment", build(gray(1, 1, bytes(70_000), t259=(SHORT, [8]))), "segment of 70000 bytes"),
     ("unequal bits", build(gray(1, 1, b"\0\0\0", t277=(SHORT, [3]), t258=(SHORT, [5, 6, 5]))),
      r"BitsPerSample of page 0 is \(5, 6, 5\)"),
     ("volume", build(gray(1, 1, b"\0", t32997=(LONG, [4]))), "is a volume"),
@@ -270,14 +299,16 @@ REFUSED: list[tuple[str, bytes, str]] = [
     ("ome missing planes", with_text(ome_text(SizeC="6")), "never followed"),
     ("ome page twice", with_text(ome_text(inside=TWICE)), "does not map its 3 channels"),
     ("ome entity", with_text(DOCTYPE), "declares entities"),
-    ("ome not xml", with_text(b"<OME ><Image>"), "OME-XML is damaged"),
+    ("ome not xml", with_text(b"<OME ><Image>"), "its XML is damaged"),
     ("ome size text", with_text(ome_text(SizeC="many")), "SizeC = 'many'"),
     ("ome other size", with_text(ome_text(SizeX="31")), r"OME-XML says \(20, 31\) pixels"),
     ("ome two images", with_text(ome_text().replace(b"</OME>", b"<Image/></OME>")),
      "with 2 images"),
     ("png cut", photo(RGB8, "PNG")[:200], "ends before its end mark"),
     ("png header only", photo(RGB8, "PNG")[:20], "a PNG without a header"),
-    ("png damaged", photo(RGB8, "PNG")[:-40] + photo(RGB8, "PNG")[-12:], "does not decode as PNG"),
+    ("png pixel changed", changed(photo(RGB8, "PNG"), 300), r"wrong checksum in its b'IDAT' chunk"),
+    ("png 16 changed", changed(photo(GRAY16, "PNG"), 300), r"wrong checksum in its b'IDAT' chunk"),
+    ("png rows missing", png_rows_missing(), "holds 155 of 620 bytes of rows"),
     ("png huge", png_of(65535, 65535), "over the limit of 64 Mpixel"),
     ("png bilevel", photo(GRAY8, "PNG", "1"), "is bilevel"),
     ("png glass", photo(GLASS, "PNG"), "not an opaque alpha"),
