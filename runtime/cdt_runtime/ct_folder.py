@@ -36,7 +36,6 @@ class Scan:
 
     folder: str
     headers: tuple[Header, ...]
-    files_seen: int
     links: int
     not_dicom: int
 
@@ -86,9 +85,9 @@ def scan_folder(folder: Path) -> Scan:
         raise SeriesError(f"{shown} is not a folder: give the folder that holds the CT series")
     headers: list[Header] = []
     inodes: set[tuple[int, int]] = set()
-    links = not_dicom = 0
-    for seen, entry in enumerate(_entries(folder)):
-        if seen >= MAX_FILES:
+    links = seen = not_dicom = 0
+    for seen, entry in enumerate(_entries(folder), start=1):
+        if seen > MAX_FILES:
             raise SeriesError(
                 f"{shown} holds over {MAX_FILES} files: give the folder of one series"
             )
@@ -108,10 +107,10 @@ def scan_folder(folder: Path) -> Scan:
     if not headers:
         linked = f", {_count(links, 'link')} not followed" if links else ""
         raise SeriesError(
-            f"no DICOM images in {shown} ({_count(not_dicom, 'file')} seen{linked}): give the "
+            f"no DICOM images in {shown} ({_count(seen - links, 'file')} seen{linked}): give the "
             "folder that holds the CT series"
         )
-    return Scan(shown, tuple(headers), len(headers) + not_dicom, links, not_dicom)
+    return Scan(shown, tuple(headers), links, not_dicom)
 
 
 def _kind(header: Header) -> str:

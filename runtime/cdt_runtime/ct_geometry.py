@@ -109,15 +109,20 @@ def _check_shift(frames: Sequence[Frame], normal: Array, gap: float) -> None:
 
 
 def _uneven(depth: Array, gap: float) -> int | None:
-    """Index of the first gap that is not `gap`, or None.
+    """Index of a gap that is not `gap`, or None where the slices lie on an even grid.
 
-    Gaps may each be right and still add up to a drift, so the whole is held against a ruler too.
+    Each slice is held against the straight line through all of them: small errors of the gaps that
+    add up to a drift count, jitter that evens out does not. In a series so fine that a missing
+    slice hides in the tolerance, its gap of twice the others still tells.
     """
-    bad = np.flatnonzero(np.abs(np.diff(depth) - gap) > tolerance(gap) + 1e-6)
-    if len(bad):
-        return int(bad[0])
-    drift = np.abs(depth - np.linspace(depth[0], depth[-1], len(depth)))
-    return max(int(drift.argmax()) - 1, 0) if drift.max() > 2 * tolerance(gap) else None
+    steps = np.arange(len(depth))
+    off_line = np.abs(depth - np.polyval(np.polyfit(steps, depth, 1), steps))
+    off_gap = np.abs(np.diff(depth) - gap)
+    if off_line.max() <= tolerance(gap) + 1e-6 and off_gap.max() < 0.5 * gap:
+        return None
+    bad = np.flatnonzero(off_gap > tolerance(gap) + 1e-6)
+    wide = np.flatnonzero(off_gap >= 0.5 * gap)
+    return int(next((found[0] for found in (bad, wide) if len(found)), off_gap.argmax()))
 
 
 def _grid(

@@ -109,7 +109,7 @@ def _decode(data: bytes, frame: Frame) -> Array:
             return _decode_rle(codecs, data, frame.layout)
         decoders: dict[str, Callable[[bytes], Any]] = {
             "JPEG": codecs.jpeg8_decode,
-            "JPEG lossless": codecs.ljpeg_decode,
+            "JPEG lossless": codecs.jpeg8_decode,  # ljpeg_decode crashes on damaged streams
             "JPEG-LS": codecs.jpegls_decode,
             "JPEG 2000": codecs.jpeg2k_decode,
         }

@@ -6,11 +6,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import imagecodecs as codecs
 import numpy as np
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.encaps import encapsulate
 from pydicom.sequence import Sequence
-from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
+from pydicom.uid import (
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    JPEGLSLossless,
+)
 
 CT_CLASS = "1.2.840.10008.5.1.4.1.1.2"
 ENHANCED_CLASS = "1.2.840.10008.5.1.4.1.1.2.1"
@@ -34,7 +40,14 @@ def data_set(index: int, syntax: str = ExplicitVRLittleEndian) -> FileDataset:
     meta.TransferSyntaxUID = syntax
     meta.MediaStorageSOPClassUID = CT_CLASS
     meta.MediaStorageSOPInstanceUID = f"{SERIES}.{index + 1}"
-    ds = FileDataset("", {}, file_meta=meta, preamble=b"\0" * 128)
+    ds = FileDataset(
+        "",
+        {},
+        file_meta=meta,
+        preamble=b"\0" * 128,
+        is_implicit_VR=syntax == ImplicitVRLittleEndian,
+        is_little_endian=syntax != ExplicitVRBigEndian,
+    )
     ds.SOPClassUID, ds.SOPInstanceUID = CT_CLASS, f"{SERIES}.{index + 1}"
     ds.ImageType = ["ORIGINAL", "PRIMARY", "AXIAL"]
     ds.Modality = "CT"
@@ -128,3 +141,40 @@ def _frame_group(index: int) -> Dataset:
         PlanePositionSequence=Sequence([place]),
         PixelValueTransformationSequence=Sequence([scale]),
     )
+
+
+TRUTH = np.maximum(np.stack([values(i) for i in range(8)]).astype(np.float32), -1024)
+
+
+def every(**attributes: Any) -> Change:
+    """Sets attributes in every slice."""
+    return lambda ds, index: [setattr(ds, k, v) for k, v in attributes.items()]
+
+
+def only(number: int, **attributes: Any) -> Change:
+    """Sets attributes in one slice."""
+    return lambda ds, index: index == number and every(**attributes)(ds, index)
+
+
+def without(*keywords: str) -> Change:
+    def change(ds: Any, index: int) -> None:
+        for keyword in keywords:
+            delattr(ds, keyword)
+
+    return change
+
+
+def positions(*z: float) -> Change:
+    return lambda ds, index: setattr(ds, "ImagePositionPatient", [-10, -20, z[index]])
+
+
+def rle(cells: np.ndarray) -> bytes:
+    """One frame as PS3.5 annex G writes it: the high bytes, then the low bytes."""
+    planes = [codecs.packbits_encode(cells.astype(">i2").tobytes()[plane::2]) for plane in (0, 1)]
+    planes = [plane + b"\0" * (len(plane) % 2) for plane in planes]
+    offsets = [2, 64, 64 + len(planes[0])] + [0] * 13
+    return np.array(offsets, "<u4").tobytes() + b"".join(planes)
+
+
+def compressed(stream: bytes, syntax: str = JPEGLSLossless) -> Change:
+    return lambda ds, index: set_compressed(ds, syntax, stream)

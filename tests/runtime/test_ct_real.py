@@ -8,13 +8,13 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+import pydicom
 import pytest
 
 from cdt_runtime.ct import Volume, read_series, scan_series
 from cdt_runtime.errors import SeriesError
 
 sitk = pytest.importorskip("SimpleITK")
-pydicom = pytest.importorskip("pydicom")
 
 
 def _reference(files: list[Path]) -> tuple[np.ndarray, np.ndarray]:
@@ -68,6 +68,7 @@ SINGLE = [
     "pydicom/J2K_pixelrep_mismatch.dcm",
     "pydicom/dicomdirtests/77654033/CT2/17106",
     "pydicom/dicomdirtests/98892001/CT5N/2062",
+    "../dicom_malformed/bad_sequence.dcm",
 ]
 
 
@@ -77,6 +78,15 @@ def test_single_slice(name: str, real_data: Path, tmp_path: Path) -> None:
     volume = read_series(_alone(path, tmp_path), min_slices=1)
     _assert_same(volume, [path])
     assert "one slice only" in " ".join(volume.warnings)
+
+
+def test_single_slice_stored_upside_down(real_data: Path, tmp_path: Path) -> None:
+    """A JPEG 2000 slice that begins at the back; it has no SliceThickness, so it is given one."""
+    path = real_data / "dicom_odd" / "pydicom" / "explicit_VR-UN.dcm"
+    ds = pydicom.dcmread(path)
+    ds.SliceThickness = 5
+    ds.save_as(tmp_path / path.name)
+    _assert_same(read_series(tmp_path, min_slices=1), [path])
 
 
 def test_series_of_five_beside_its_localizers(real_data: Path) -> None:
