@@ -26,6 +26,12 @@ _SYNONYMS = {
     "CD8": ("CD8A", "CD8 ALPHA"),
     "FOXP3": ("FOX P3",),
     "PDL1": ("PD-L1", "CD274", "B7-H1"),
+    # markers of other panels, so that they are known for markers
+    **dict.fromkeys(("CD4", "CD11c", "CD20", "CD31", "CD45", "CD45RO", "CD56", "CD68"), ()),
+    **dict.fromkeys(("CD138", "CD163", "ECadherin", "HLADR", "Ki67", "SMA", "SOX10"), ()),
+    "GZMB": ("GRANZYME B",),
+    "PD1": ("PDCD1", "CD279"),
+    "Vimentin": ("VIM",),
 }
 
 _PLACEHOLDER = re.compile(
@@ -53,6 +59,11 @@ def canonical(name: str) -> str:
         return _CANON[exact]
     bare = spelling(_NOTE.sub("", name)) or exact
     return _CANON.get(bare, bare)
+
+
+def is_marker(name: str) -> bool:
+    """Whether a name is a known marker; dyes (`FITC`, `Opal 570`) are not."""
+    return canonical(name) in _CANON
 
 
 def is_placeholder(name: str) -> bool:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, BinaryIO
 import numpy as np
 
 from cdt_runtime.errors import TileError
-from cdt_runtime.markers import canonical, find_channel, names_of_stems, spelling
+from cdt_runtime.markers import canonical, find_channel, is_marker, names_of_stems, spelling
 
 if TYPE_CHECKING:
     import os
@@ -270,19 +270,26 @@ def _named(raster: Raster, given: Sequence[str] | None) -> Raster:
     assert names is not None
     if len(set(map(spelling, names))) != len(names):
         raise TileError(f"has one channel name twice: {', '.join(names)}; every name once")
-    if given is not None and raster.names is not None and not _agree(raster, given):
+    notes = () if given is None else _renamed(raster, given)
+    return replace(raster, names=names, warnings=(*raster.warnings, *notes))
+
+
+def _renamed(raster: Raster, given: Sequence[str]) -> tuple[str, ...]:
+    """What to say of the caller's names where the file has its own: a dye may be given its marker.
+
+    Raises:
+        TileError: The file names another marker at that place, or its samples can't be markers.
+    """
+    own = raster.names
+    if own is None or own == ("gray",) or (own == RGB and raster.renamable):
+        return ()
+    pairs = [pair for pair in zip(own, given, strict=True) if len(set(map(canonical, pair))) > 1]
+    if pairs and (own == RGB or any(is_marker(name) for name, _ in pairs)):
         raise TileError(
-            f"names its channels {', '.join(raster.names)} but --channels says {', '.join(given)}: "
+            f"names its channels {', '.join(own)} but --channels says {', '.join(given)}: "
             "leave --channels out"
         )
-    return replace(raster, names=names)
-
-
-def _agree(raster: Raster, given: Sequence[str]) -> bool:
-    """Whether the caller's names fit: the same markers, or names for samples without a marker."""
-    if raster.names == ("gray",) or (raster.names == RGB and raster.renamable):
-        return True
-    return list(map(canonical, raster.names or ())) == list(map(canonical, given))
+    return tuple(f"channel {name!r} is taken as {other!r} (--channels)" for name, other in pairs)
 
 
 def _scaled(raster: Raster, mpp: float | None) -> Raster:

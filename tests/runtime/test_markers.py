@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cdt_runtime.errors import TileError
-from cdt_runtime.markers import MARKERS, is_placeholder, names_of_stems
+from cdt_runtime.markers import MARKERS, is_marker, is_placeholder, names_of_stems
 from cdt_runtime.tile import RGB, Tile, match_channels
 
 
@@ -129,6 +129,12 @@ def test_names_that_only_count(name: str) -> None:
 @pytest.mark.parametrize("name", ["CD3", "C1q", "PD1", "CK7", "chromogranin", "DAPI"])
 def test_names_that_are_markers(name: str) -> None:
     assert not is_placeholder(name)
+
+
+@pytest.mark.parametrize("name", ["FITC", "Cy5", "Opal 570", "CD3 x"])
+def test_dyes_are_no_markers(name: str) -> None:
+    assert not is_marker(name)
+    assert is_marker("CD3 (Opal 570)")
 
 
 @pytest.mark.parametrize(

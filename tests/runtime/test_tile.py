@@ -137,6 +137,12 @@ class TestNames:
         ):
             read(tmp_path, data, channels=("CD3", "DAPI", "PanCK"))
 
+    def test_a_dye_is_given_its_marker(self, tmp_path: Path) -> None:
+        dyes = {"axes": "CYX", "Channel": {"Name": ["DAPI", "FITC", "Cy5"]}}
+        tile = read(tmp_path, written(MARKERS, ome=True, metadata=dyes), channels=NAMES)
+        assert tile.channels == NAMES
+        assert "channel 'FITC' is taken as 'CD3' (--channels)" in tile.warnings
+
     def test_colours_mixed_by_a_codec_are_not_markers(self, tmp_path: Path) -> None:
         with pytest.raises(TileError, match="names its channels R, G, B but --channels says DAPI"):
             read(tmp_path, photo(RGB8, "JPEG"), channels=NAMES)
