@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 
 from cdt_runtime.errors import DatasetError
-
 from cdt_train.data.dataset import GroupedBy, LabelledTile
 from cdt_train.data.labels_csv import BY_TILE
 from cdt_train.data.regions import region_files, region_tile, subfolders

@@ -17,11 +17,11 @@ or, where there is no such file, from class folders: `pathology_data/CLASS/*.png
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from cdt_runtime.errors import DatasetError
-
 from cdt_train.data.class_folders import HOW_TO_LABEL, read_class_folders
 from cdt_train.data.dataset import CtSeries, TileDataset
 from cdt_train.data.labels_csv import read_labels_csv
@@ -53,8 +53,20 @@ def read_hospital(data_dir: Path) -> TileDataset:
     if len(classes) < 2:
         source = csv_path or pathology
         raise DatasetError(f"{source} has one class only, '{classes[0]}': at least 2 are needed")
+    warnings += _look_alikes(classes)
     ct = tuple(_ct_series(ct_data))
     return TileDataset(tuple(tiles), ct, classes, grouped_by, tuple(warnings))
+
+
+def _look_alikes(classes: tuple[str, ...]) -> list[str]:
+    """A slip of the keyboard makes a class of its own; only the user knows whether it is one."""
+    spelling: dict[str, str] = {}
+    warnings = []
+    for label in classes:
+        first = spelling.setdefault(" ".join(re.split(r"[\s_-]+", label.casefold())), label)
+        if first != label:
+            warnings.append(f"labels '{first}' and '{label}' are two classes: is that meant?")
+    return warnings
 
 
 def _folder(data_dir: Path, name: str, what: str) -> Path:

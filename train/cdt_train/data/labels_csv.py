@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from cdt_runtime.errors import DatasetError
-
 from cdt_train.data.dataset import GroupedBy, LabelledTile
 from cdt_train.data.regions import region_files, region_tile
 
@@ -53,13 +52,12 @@ def read_labels_csv(
     rows = list(_rows(csv_path))
     if not rows:
         raise DatasetError(f"{csv_path}: no line follows the header")
-    by_path = "path" in rows[0].cells
     grouped_by = _grouped_by(rows[0])
-    root = csv_path.parent if by_path else pathology
+    root = csv_path.parent if "path" in rows[0].cells else pathology
     tiles = []
     first_seen: dict[Path, tuple[_Row, str]] = {}
     for row in rows:
-        path = _path(row, root) if by_path else _region(row, root)
+        path = _tile_path(row, root)
         label = row.cell("label")
         _refuse_repeated(row, label, first_seen.setdefault(path.resolve(), (row, label)))
         group = path.relative_to(root).as_posix() if grouped_by == "tile" else row.cell(grouped_by)
@@ -91,7 +89,10 @@ def _row(where: str, columns: list[str], cells: list[str]) -> _Row:
             f"{where}: {len(cells)} cells, the header has {len(columns)} columns "
             "(a cell with a comma needs quotes)"
         )
-    return _Row(where, dict(zip(columns, (cell.strip() for cell in cells), strict=True)))
+    stripped = [cell.strip() for cell in cells]
+    if not all(cell.isprintable() for cell in stripped):
+        raise DatasetError(f"{where}: a cell has a line break or another control character")
+    return _Row(where, dict(zip(columns, stripped, strict=True)))
 
 
 def _columns(csv_path: Path, header: list[str]) -> list[str]:
@@ -125,18 +126,25 @@ def _inside(row: _Row, root: Path, value: str) -> Path:
     return root / part
 
 
+def _tile_path(row: _Row, root: Path) -> Path:
+    try:
+        return _path(row, root) if "path" in row.cells else _region(row, root)
+    except OSError as error:  # no permission, a name that is too long
+        raise DatasetError(f"{row.where}: {error.strerror}: {error.filename}") from error
+
+
 def _path(row: _Row, root: Path) -> Path:
     path = _inside(row, root, row.cell("path"))
     if not path.exists():
         raise DatasetError(f"{row.where}: {path} does not exist")
-    return region_tile(path) if path.is_dir() else path
+    return region_tile(path, f"{row.where}: ") if path.is_dir() else path
 
 
 def _region(row: _Row, root: Path) -> Path:
     patient = _inside(row, root, row.cell("patient"))
     region = _inside(row, patient, row.cell("region"))
     if region.is_dir():
-        return region_tile(region)
+        return region_tile(region, f"{row.where}: ")
     found = [file for file in region_files(region.parent) if _is_called(file, region.name)]
     if len(found) > 1:
         raise DatasetError(f"{row.where}: {region}.* is {found[0].name} and {found[1].name}")

@@ -13,6 +13,7 @@ for. Nothing here is a model of disease: it is data on which code can be right o
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import os
 import shutil
@@ -22,9 +23,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from cdt_runtime.errors import DatasetError
 from numpy.typing import NDArray
 
+from cdt_runtime.errors import DatasetError
 from cdt_train.data.phantom_tiles import (
     CHANNELS,
     CLASSES,
@@ -34,7 +35,7 @@ from cdt_train.data.phantom_tiles import (
     phantom_tile,
 )
 
-GENERATOR = 1
+GENERATOR = 2
 """Raised with every change that alters a pixel: a folder of another version is not reused."""
 
 _MARK = "PHANTOM.json"
@@ -185,7 +186,7 @@ def _write_tile(path: Path, tile: NDArray[np.uint8]) -> None:
         "PhysicalSizeXUnit": "µm",
         "PhysicalSizeY": MPP,
         "PhysicalSizeYUnit": "µm",
-        "UUID": str(uuid.uuid5(uuid.NAMESPACE_OID, tile.tobytes().hex())),
+        "UUID": str(uuid.UUID(bytes=hashlib.sha256(tile.tobytes()).digest()[:16])),
     }
     tifffile.imwrite(
         path,
@@ -193,6 +194,7 @@ def _write_tile(path: Path, tile: NDArray[np.uint8]) -> None:
         ome=True,
         photometric="minisblack",
         compression="deflate",
+        predictor=True,
         resolution=(1e4 / MPP, 1e4 / MPP),
         resolutionunit="CENTIMETER",
         metadata=metadata,

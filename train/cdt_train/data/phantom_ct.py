@@ -49,6 +49,11 @@ class Chest:
     bone: float
     noise: float
 
+    @property
+    def spine(self) -> float:
+        """The y of the middle of the vertebral bodies."""
+        return self.depth - self.fat - 42.0
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -74,9 +79,9 @@ def draw_chest(rng: np.random.Generator) -> Chest:
     """Draws a patient."""
     width = rng.uniform(150, 185)
     return Chest(
-        pixel_mm=round(rng.uniform(1.5, 1.7), 4),
+        pixel_mm=round(rng.uniform(1.55, 1.75), 4),
         width=width,
-        depth=width * rng.uniform(0.62, 0.72),
+        depth=width * rng.uniform(0.66, 0.74),
         fat=rng.uniform(8, 24),
         shift=(rng.uniform(-12, 6), rng.uniform(-10, 10)),
         lung=rng.uniform(0.9, 1.06),
@@ -151,7 +156,8 @@ def _lungs(hu: Image, grid: Grid, chest: Chest, rng: np.random.Generator) -> NDA
         ry, rx = (chest.depth - inner + 6) * taper * scale, (chest.width - inner) * 0.5 * taper
         lungs |= np.hypot((grid.y + 2) / ry, (grid.x - sign * side) / rx) < 1
     lungs &= room
-    density = _LUNG + rng.uniform(-25, 25) + 0.35 * grid.y + np.zeros_like(hu)
+    texture = gaussian_blur(rng.standard_normal(hu.shape, np.float32), 1.5)
+    density = _LUNG + rng.uniform(-25, 25) + 0.35 * grid.y + 100.0 * texture
     hu[lungs] = density[lungs]
     return lungs
 
@@ -171,8 +177,8 @@ def _mediastinum(hu: Image, grid: Grid, chest: Chest) -> None:
     _paint(hu, (grid.disc(-0.25 * deep, -10, 15, 16) < 1) & above, blood)
     _paint(hu, (grid.disc(-0.22 * deep, -36, 9, 8) < 1) & above, blood)
     _paint(hu, grid.ball((-4, -0.18 * deep, 18), (16, 13, 24)) < 1, blood)
-    _paint(hu, grid.disc(0.40 * deep, 24, 12, 12) < 1, blood)
-    _paint(hu, grid.disc(0.30 * deep, 4, 7, 9) < 1, _SOFT - 5)
+    _paint(hu, grid.disc(chest.spine - 20, 26, 12, 12) < 1, blood)
+    _paint(hu, grid.disc(chest.spine - 28, 6, 6, 8) < 1, _SOFT - 5)
 
 
 def _airways(hu: Image, grid: Grid) -> None:
@@ -190,10 +196,10 @@ def _airways(hu: Image, grid: Grid) -> None:
 
 def _bones(hu: Image, grid: Grid, chest: Chest) -> None:
     """Spine with its canal, ribs that slope down to the front, sternum, shoulder blades."""
-    spine = 0.62 * chest.depth
+    spine = chest.spine
     disc_space = np.abs((grid.z + 7) % 26 - 13) < 2.5
     body = grid.disc(spine, 0, 17, 20)
-    _paint(hu, grid.disc(spine + 30, 0, 20, 11) < 1, 0.6 * chest.bone)
+    _paint(hu, grid.disc(spine + 34, 0, 11, 6) < 1, 0.6 * chest.bone)
     _paint(hu, grid.disc(spine + 22, 0, 8, 30) < 1, 0.55 * chest.bone)
     _paint(hu, body < 1, chest.bone)
     _paint(hu, body < 0.86, 190.0)
@@ -215,7 +221,7 @@ def _ribs(hu: Image, grid: Grid, chest: Chest) -> None:
     shell = (ring < 1) & (_body(grid, chest, chest.fat + 20) > 1)
     marrow = (_body(grid, chest, chest.fat + 13) < 1) & (_body(grid, chest, chest.fat + 18) > 1)
     front = (chest.depth - grid.y) / (2 * chest.depth)
-    phase = (grid.z + 58.0 * front + 9.0 * (grid.x > 0)) % 27.0
+    phase = (grid.z + 105.0 * front + 9.0 * (grid.x > 0)) % 27.0
     rib = (phase < 10.5) & (np.abs(grid.x) > 26)
     _paint(hu, shell & rib, 0.8 * chest.bone)
     _paint(hu, marrow & rib & (phase > 2.5) & (phase < 8.0), 230.0)
@@ -227,17 +233,18 @@ def _vessels(
     """Branches that leave each hilum and thin out towards the wall."""
     for sign in (-1, 1):
         hilum = np.array([-8.0, 4.0, sign * 0.20 * chest.width])
-        for _ in range(26):
-            reach = rng.uniform(0.25, 0.62) * chest.width
+        for _ in range(34):
+            reach = rng.uniform(0.3, 0.66) * chest.width
             heading = np.array(
                 [rng.normal(0, 0.55), rng.normal(0, 0.6), sign * rng.uniform(0.3, 1)]
             )
             tip = hilum + heading / np.linalg.norm(heading) * reach
             radius = rng.uniform(2.2, 4.6)
             _tube(hu, grid, lungs, hilum, tip, radius)
-            branch = hilum + (tip - hilum) * rng.uniform(0.4, 0.7)
-            aside = branch + rng.normal(0, 0.24 * reach, 3)
-            _tube(hu, grid, lungs, branch, aside, 0.65 * radius)
+            for part in rng.uniform(0.3, 0.8, 3):
+                branch = hilum + (tip - hilum) * part
+                aside = branch + rng.normal(0, 0.22 * reach, 3)
+                _tube(hu, grid, lungs, branch, aside, 0.65 * radius)
 
 
 def _tube(
@@ -261,7 +268,7 @@ def _tube(
     part = np.clip(part, 0.0, 1.0)
     away = sum((o - part * a) ** 2 for o, a in zip(offset, along, strict=True)) ** 0.5
     # thinner than a voxel, a vessel dims instead of breaking up
-    filled = np.clip((radius * (1 - 0.75 * part) - away) / 1.5 + 0.5, 0.0, 1.0)
+    filled = np.clip((radius * (1 - 0.65 * part) - away) / 1.5 + 0.5, 0.0, 1.0)
     view = hu[box]
     view += np.where(inside[box] & (view < _SOFT), filled * (_SOFT - view), 0).astype(np.float32)
 

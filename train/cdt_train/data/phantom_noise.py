@@ -25,15 +25,15 @@ def gaussian_blur(image: Image, sigma: float) -> Image:
 
 
 def _convolve(image: Image, kernel: Image, axis: int) -> Image:
-    reach = len(kernel) // 2
+    reach, size = len(kernel) // 2, image.shape[axis]
     padding = [(0, 0)] * image.ndim
     padding[axis] = (reach, reach)
-    padded = np.moveaxis(np.pad(image, padding, mode="edge"), axis, 0)
-    size = image.shape[axis]
-    total = np.zeros((size, *padded.shape[1:]), np.float32)
+    padded = np.pad(image, padding, mode="edge")
+    total = np.zeros_like(image)
     for offset, weight in enumerate(kernel):
-        total += weight * padded[offset : offset + size]
-    return np.moveaxis(total, 0, axis)
+        shifted = slice(offset, offset + size)
+        total += weight * (padded[..., shifted] if axis == -1 else padded[..., shifted, :])
+    return total
 
 
 def smooth_field(rng: np.random.Generator, size: int, scale: float) -> Image:

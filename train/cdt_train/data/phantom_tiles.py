@@ -25,6 +25,9 @@ CLASSES = ("invasion_front", "tumor_stroma")
 SIZE = 256
 MPP = 0.5
 
+_REACH = 14  # pixels from a cell's middle to the edge of what is painted of it
+_SHOT = 0.03  # noise of the light itself: grey levels per root of a grey level
+
 Floats = NDArray[np.float64]
 Flags = NDArray[np.bool_]
 
@@ -69,14 +72,14 @@ class Cells:
 
 def patient_stain(rng: np.random.Generator) -> Stain:
     """Draws a patient's staining."""
-    typical = np.array([135.0, 110.0, 120.0, 110.0, 120.0, 95.0])
+    typical = np.array([72.0, 56.0, 62.0, 56.0, 68.0, 54.0])
     return Stain(
         gain=typical * np.exp(rng.normal(0.0, 0.2, 6)),
-        background=rng.uniform(3.0, 14.0, 6),
-        noise=rng.uniform(0.5, 1.2, 6),
-        blur=rng.uniform(0.7, 1.2),
-        spacing=rng.uniform(12.5, 14.5),
-        disorder=rng.uniform(0.1, 0.45),
+        background=rng.uniform(1.0, 8.0, 6),
+        noise=rng.uniform(0.08, 0.18, 6),
+        blur=rng.uniform(0.9, 1.4),
+        spacing=rng.uniform(15.5, 17.5),
+        disorder=rng.uniform(0.1, 0.6),
     )
 
 
@@ -98,7 +101,7 @@ def phantom_tile(rng: np.random.Generator, label: str, stain: Stain) -> NDArray[
 def _cells(rng: np.random.Generator, label: str, stain: Stain) -> Cells:
     position = _positions(rng, stain.spacing)
     # the share of the other class's arrangement that this region shows
-    other = 0.55 * rng.beta(1.2, 2.2)
+    other = 0.58 * rng.beta(1.2, 1.9)
     front = other if label == "tumor_stroma" else 1.0 - other
     tumour = _tumour(rng, position, front)
     border = _border_distance(position, tumour)
@@ -109,15 +112,14 @@ def _cells(rng: np.random.Generator, label: str, stain: Stain) -> Cells:
 
 def _positions(rng: np.random.Generator, spacing: float) -> Floats:
     """A jittered hexagonal grid with gaps: cells hardly overlap, in either class."""
-    margin = 16
-    rows = np.arange(-margin, SIZE + margin, spacing * 0.87)
-    columns = np.arange(-margin, SIZE + margin, spacing)
+    rows = np.arange(-2 * _REACH, SIZE + 2 * _REACH, spacing * 0.87)
+    columns = np.arange(-2 * _REACH, SIZE + 2 * _REACH, spacing)
     y, x = np.meshgrid(rows, columns, indexing="ij")
     x = x + (np.arange(len(rows)) % 2)[:, None] * spacing / 2
     grid = np.stack([y.ravel(), x.ravel()], axis=1)
     grid += rng.normal(0.0, 0.17 * spacing, grid.shape) + rng.uniform(0, spacing, 2)
     kept = rng.random(len(grid)) < 0.93
-    kept &= ((grid > -12) & (grid < SIZE + 12)).all(axis=1)
+    kept &= ((grid > -_REACH) & (grid < SIZE + _REACH)).all(axis=1)
     return grid[kept]
 
 
@@ -182,8 +184,8 @@ def _t_cells(
     rng: np.random.Generator, tumour: Flags, border: Floats, front: float, disorder: float
 ) -> Flags:
     """As many T cells in both classes; they shun the tumour or crowd along its border."""
-    shunning = 1.0 / (1.0 + np.exp(-(border - 24.0) / 4.0))
-    crowding = np.exp(-((border / 20.0) ** 2))
+    shunning = 1.0 / (1.0 + np.exp(-(border - 27.0) / 4.5))
+    crowding = np.exp(-((border / 23.0) ** 2))
     rule = (1 - front) * shunning + front * crowding
     weight = np.where(tumour, 0.0, (1 - disorder) * rule + disorder * 0.4)
     n_t_cells = round(rng.uniform(0.16, 0.30) * len(tumour))
@@ -253,63 +255,62 @@ def _pick(rng: np.random.Generator, weight: Floats, count: int) -> Flags:
 
 def _render(rng: np.random.Generator, cells: Cells, stain: Stain) -> NDArray[np.uint8]:
     """Paints nuclei and the stained parts of cells, then what microscope and camera add."""
-    image = _paint(rng, cells)
-    image = gaussian_blur(image, stain.blur)
-    image *= stain.gain.astype(np.float32)[:, None, None]
-    for channel in range(len(CHANNELS)):
-        haze = 1.0 + 0.25 * smooth_field(rng, SIZE, 70.0)
-        image[channel] += stain.background[channel] * haze
-    shot = 0.12 * np.sqrt(np.clip(image, 0, None))
-    spread = np.hypot(shot, stain.noise.astype(np.float32)[:, None, None])
+    image = gaussian_blur(_paint(rng, cells), stain.blur)
+    image *= _column(stain.gain)
+    for channel, background in enumerate(stain.background):
+        image[channel] += background * (1.0 + 0.25 * smooth_field(rng, SIZE, 70.0))
+    spread = np.sqrt(_SHOT**2 * image + _column(stain.noise) ** 2)
     image += spread * rng.standard_normal(image.shape, np.float32)
     return np.clip(image.round(), 0, 255).astype(np.uint8)
 
 
+def _column(per_channel: Floats) -> Image:
+    return per_channel.astype(np.float32)[:, None, None]
+
+
 def _paint(rng: np.random.Generator, cells: Cells) -> Image:
     """`(6, 256, 256)` float32, the brightest cell winning where two meet."""
-    margin = 16
-    y, x, distance, angle = _patches(cells.position, margin)
+    size = SIZE + 2 * _REACH
+    pixel, distance, angle = _patches(cells.position, size)
     radius = _outline(rng, cells, angle)
     nucleus = _disc(distance - radius)
     body = _disc(distance - 1.45 * radius)
-    membrane = np.exp(-(((distance - 1.35 * radius) / 1.3) ** 2))
+    membrane = np.exp(-(((distance - 1.35 * radius) / 1.5) ** 2))
     parts = (nucleus, np.maximum(body - 0.75 * nucleus, 0.0), membrane, membrane, nucleus, membrane)
-    image = np.zeros((len(CHANNELS), SIZE + 2 * margin, SIZE + 2 * margin), np.float32)
+    brightness = cells.brightness.astype(np.float32)
+    image = np.zeros((len(CHANNELS), size * size), np.float32)
     for channel, part in enumerate(parts):
-        shown = cells.brightness[:, channel] > 0
-        value = part[shown] * cells.brightness[shown, channel, None, None]
-        np.maximum.at(image[channel], (y[shown], x[shown]), value.astype(np.float32))
-    return image[:, margin:-margin, margin:-margin]
+        shown = brightness[:, channel] > 0
+        value = part[shown] * brightness[shown, channel, None, None]
+        np.maximum.at(image[channel], pixel[shown].ravel(), value.ravel())
+    whole = image.reshape(len(CHANNELS), size, size)
+    return whole[:, _REACH:-_REACH, _REACH:-_REACH]
 
 
-def _patches(
-    position: Floats, margin: int
-) -> tuple[NDArray[np.intp], NDArray[np.intp], Floats, Floats]:
-    """Rows, columns, distances and angles of the 25 x 25 pixels around each cell."""
-    steps = np.arange(-12, 13)
+def _patches(position: Floats, size: int) -> tuple[NDArray[np.intp], Image, Image]:
+    """The 29 x 29 pixels around each cell: place in the flat image, distance in pixels, angle."""
+    steps = np.arange(-_REACH, _REACH + 1)
     centre = position.round().astype(np.intp)
-    y = centre[:, 0, None, None] + steps[:, None]
-    x = centre[:, 1, None, None] + steps[None, :]
-    dy, dx = y - position[:, 0, None, None], x - position[:, 1, None, None]
-    size = SIZE + 2 * margin
-    y, x = np.broadcast_arrays(y + margin, x + margin)
-    return y.clip(0, size - 1), x.clip(0, size - 1), np.hypot(dy, dx), np.arctan2(dy, dx)
+    y = (centre[:, 0, None] + steps + _REACH).clip(0, size - 1)
+    x = (centre[:, 1, None] + steps + _REACH).clip(0, size - 1)
+    away = (centre - position).astype(np.float32)[:, :, None] + steps.astype(np.float32)
+    dy, dx = away[:, 0, :, None], away[:, 1, None, :]
+    return y[:, :, None] * size + x[:, None, :], np.hypot(dy, dx), np.arctan2(dy, dx)
 
 
-def _outline(rng: np.random.Generator, cells: Cells, angle: Floats) -> Floats:
+def _outline(rng: np.random.Generator, cells: Cells, angle: Image) -> Image:
     """Radius of the nucleus in each direction: large and round in tumour, small in T cells."""
     count = len(cells.tumour)
-    mean = np.where(cells.tumour, 4.9, np.where(cells.t_cell, 3.6, 3.9))
-    mean = mean * np.exp(rng.normal(0.0, 0.1, count))
+    mean = np.where(cells.tumour, 5.6, np.where(cells.t_cell, 4.2, 4.5))
+    mean = _column(mean * np.exp(rng.normal(0.0, 0.1, count)))
     spindle = ~cells.tumour & ~cells.t_cell
     stretch = np.where(spindle, rng.uniform(0.15, 0.4, count), rng.uniform(0.0, 0.15, count))
     turn = rng.uniform(0, np.pi, count)
-    wave = np.cos(2 * (angle - turn[:, None, None]))
-    radius: Floats = mean[:, None, None] * (1 + stretch[:, None, None] * wave)
-    return radius
+    wave: Image = np.cos(2 * (angle - _column(turn)))
+    return mean * (1 + _column(stretch) * wave)
 
 
-def _disc(outside: Floats) -> Floats:
+def _disc(outside: Image) -> Image:
     """1 inside, 0 outside, soft over about a pixel; `outside` is the distance to the outline."""
-    soft: Floats = 1.0 / (1.0 + np.exp(np.clip(outside / 0.6, -30, 30)))
+    soft: Image = 1.0 / (1.0 + np.exp(np.clip(outside / 0.6, -30, 30)))
     return soft

@@ -16,15 +16,20 @@ def region_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if _is_image(path))
 
 
-def region_tile(folder: Path) -> Path:
+def region_tile(folder: Path, where: str = "") -> Path:
     """The one image file of a region folder, or the folder itself where it has one a marker.
+
+    Args:
+        folder: The region.
+        where: Opens the message: the line that names the region.
 
     Raises:
         DatasetError: the folder has no image.
     """
     files = region_files(folder)
     if not files:
-        raise DatasetError(f"{folder} has no image: expected {', '.join(sorted(TILE_SUFFIXES))}")
+        suffixes = ", ".join(sorted(TILE_SUFFIXES))
+        raise DatasetError(f"{where}{folder} has no image: expected {suffixes}")
     return files[0] if len(files) == 1 else folder
 
 
