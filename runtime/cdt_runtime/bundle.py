@@ -62,7 +62,9 @@ class Bundle:
         """
         entry = self.manifest["files"].get(name)
         if entry is None:
-            raise BundleError(f"{self.path.name}: no {name} in the manifest: export the bundle again")
+            raise BundleError(
+                f"{self.path.name}: no {name} in the manifest: export the bundle again"
+            )
         try:
             data = (self.path / name).read_bytes()
         except OSError as error:
@@ -89,8 +91,8 @@ class Bundle:
     @property
     def encoder_sha256(self) -> str:
         """Identity of all that turns a tile into an embedding; prototypes are bound to it."""
-        parts = [self.manifest["files"][f"{name}.onnx"]["sha256"] for name in ("path_encoder", "bridge")]
-        return sha256("".join([*parts, self.preprocess.sha256]).encode())
+        hashes = {name: entry["sha256"] for name, entry in self.manifest["files"].items()}
+        return _encoder_identity(hashes, self.preprocess)
 
     @property
     def ct_encoder_sha256(self) -> str:
@@ -141,9 +143,19 @@ def write_bundle(path: Path, files: Mapping[str, bytes], facts: Mapping[str, Any
     return Bundle.open(path)
 
 
+def encoder_identity(files: Mapping[str, bytes], preprocess: Preprocess) -> str:
+    """Identity of the encoder in files that are to become a bundle; see `encoder_sha256`."""
+    return _encoder_identity({name: sha256(data) for name, data in files.items()}, preprocess)
+
+
 def sha256(data: bytes) -> str:
     """Return the SHA-256 of some bytes, hexadecimal."""
     return hashlib.sha256(data).hexdigest()
+
+
+def _encoder_identity(hashes: Mapping[str, str], preprocess: Preprocess) -> str:
+    parts = [hashes["path_encoder.onnx"], hashes["bridge.onnx"], preprocess.sha256]
+    return sha256("".join(parts).encode())
 
 
 def _write_synced(path: Path, data: bytes) -> None:

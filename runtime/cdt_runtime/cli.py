@@ -6,12 +6,12 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from cdt_runtime import __version__
-from cdt_runtime.console import one_line, one_line_errors, say
+from cdt_runtime.console import one_line, run, say
 from cdt_runtime.errors import CdtError, InputError
 
 if TYPE_CHECKING:
@@ -32,7 +32,14 @@ Research use only: not a medical device.
 """
 
 
-@click.command(epilog=EXAMPLES, context_settings={"help_option_names": ["-h", "--help"]})
+def infer() -> NoReturn:
+    """Entry point of `cdt-infer`."""
+    run(infer_command)
+
+
+@click.command(
+    "cdt-infer", epilog=EXAMPLES, context_settings={"help_option_names": ["-h", "--help"]}
+)
 @click.argument("paths", nargs=-1, metavar="CT_DIR TILE [TILE ...]")
 @click.option("--bundle", metavar="DIR", help="Bundle folder.  [default: the newest in ./engines]")
 @click.option("--backend", default="onnxruntime", show_default=True, help="Inference engine.")
@@ -44,8 +51,7 @@ Research use only: not a medical device.
 @click.option("--fill-missing", is_flag=True, help="Fill channels a tile lacks with zeros.")
 @click.option("--mpp", type=click.FloatRange(min=0, min_open=True), help="Microns a pixel.")
 @click.version_option(__version__, prog_name="cdt-infer")
-@one_line_errors
-def infer(
+def infer_command(
     paths: tuple[str, ...],
     bundle: str | None,
     backend: str,
@@ -80,7 +86,7 @@ def _split_paths(paths: tuple[str, ...], no_ct: bool) -> tuple[str | None, tuple
     if not paths:
         raise InputError("no CT_DIR and TILE given: see cdt-infer --help")
     if no_ct:
-        from cdt_runtime.ct import holds_dicom
+        from cdt_runtime.ct_folder import holds_dicom
 
         tiles = paths[1:] if len(paths) > 1 and holds_dicom(Path(paths[0])) else paths
         return None, tiles

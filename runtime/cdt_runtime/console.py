@@ -1,22 +1,21 @@
-"""What all commands share: how an error a user can mend ends a run."""
+"""What all commands share: how a run ends, and how it says so."""
 
 from __future__ import annotations
 
-import functools
+import os
 import sys
-from collections.abc import Callable
-from typing import NoReturn, ParamSpec
+from collections.abc import Sequence
+from typing import NoReturn
 
 import click
 
 from cdt_runtime.errors import CdtError, MissingDependencyError
 
-P = ParamSpec("P")
-
 _EXTRAS = {
     "torch": "train",
     "pydantic": "train",
     "yaml": "train",
+    "scipy": "train",
     "sklearn": "train",
     "matplotlib": "train",
     "tqdm": "train",
@@ -26,43 +25,53 @@ _EXTRAS = {
 """The extra that brings a module; all others belong to the base."""
 
 
-def one_line_errors(command: Callable[P, None]) -> Callable[P, None]:
-    """Turn a `CdtError`, and the absence of an optional part, into one line and exit code 2."""
+def run(command: click.Command, arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run a command to its exit code.
 
-    @functools.wraps(command)
-    def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
-        try:
-            command(*args, **kwargs)
-        except CdtError as error:
-            fail(error)
-        except ModuleNotFoundError as error:
-            name = (error.name or "").partition(".")[0]
-            if name not in _EXTRAS:
-                raise
-            fail(missing(name))
-        except KeyboardInterrupt:
-            click.echo("interrupted", err=True)
-            sys.exit(130)
+    An error that the user can mend is one line on stderr and code 2; a bug keeps its traceback.
 
-    return wrapped
+    Args:
+        command: the click command.
+        arguments: in place of the process's own.
+    """
+    try:
+        code = command.main(args=arguments, standalone_mode=False)
+    except CdtError as error:
+        fail(error)
+    except click.ClickException as error:
+        say(error.format_message())
+        sys.exit(2)
+    except ModuleNotFoundError as error:
+        name = (error.name or "").partition(".")[0]
+        if name not in _EXTRAS:
+            raise
+        fail(missing(name))
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted", err=True)
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader has gone: what is still buffered must not raise again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    sys.exit(code if isinstance(code, int) else 0)
 
 
 def missing(module: str) -> MissingDependencyError:
     """Say which pip command adds a missing module."""
-    extra = _EXTRAS[module]
     return MissingDependencyError(
-        f"this command needs {module}, which is not installed: pip install 'cdt-edge[{extra}]'"
+        f"this command needs {module}, which is not installed: "
+        f"pip install 'cdt-edge[{_EXTRAS[module]}]'"
     )
 
 
-def one_line(error: CdtError) -> str:
-    """Return an error's message without line breaks."""
-    return " ".join(str(error).split())
+def one_line(message: object) -> str:
+    """Return a message without line breaks."""
+    return " ".join(str(message).split())
 
 
-def say(error: CdtError) -> None:
+def say(message: object) -> None:
     """Print an error as one line on stderr."""
-    click.echo(f"error: {one_line(error)}", err=True)
+    click.echo(f"error: {one_line(message)}", err=True)
 
 
 def fail(error: CdtError) -> NoReturn:

@@ -113,6 +113,25 @@ def scan_folder(folder: Path) -> Scan:
     return Scan(shown, tuple(headers), links, not_dicom)
 
 
+def holds_dicom(folder: Path) -> bool:
+    """Tell whether a path is a folder with at least one DICOM file in it, at any depth."""
+    if not folder.is_dir():
+        return False
+    return any(
+        _has_mark(Path(entry.path))
+        for entry in _entries(folder)
+        if entry.is_file(follow_symlinks=False)
+    )
+
+
+def _has_mark(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(132)[128:] == b"DICM"
+    except OSError:
+        return False
+
+
 def _kind(header: Header) -> str:
     """What a file is to a reader of CT slices; all but "slice" are left out."""
     fields = header.fields

@@ -6,6 +6,7 @@
     │   ├── TileError           ... a pathology tile (TIFF, PNG, JPEG)
     │   └── DatasetError        ... a training data set: layout, labels, splits
     ├── RecipeError             a recipe: unknown key, wrong type, value out of range
+    ├── TrainingError           a training run that can't go on, such as a loss that is not finite
     ├── CheckpointError         a training checkpoint: missing, damaged, of another model
     ├── BundleError             a bundle: missing, altered, of another version
     ├── PrototypeError          a support set or prototypes that can't be used
@@ -44,6 +45,10 @@ class DatasetError(InputError):
 
 class RecipeError(CdtError):
     """A recipe holds an unknown key, a wrong type or a value out of range."""
+
+
+class TrainingError(CdtError):
+    """A training run can't go on."""
 
 
 class CheckpointError(CdtError):

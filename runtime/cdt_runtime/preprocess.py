@@ -140,9 +140,7 @@ class Preprocess:
 
     def scale_warning(self, tile: Tile) -> str | None:
         """Say when a tile shows the tissue at another magnification than training did."""
-        if tile.mpp is None:
-            return None if self.tile_mpp is None else "scale unknown: give --mpp to have it checked"
-        if self.tile_mpp is None:
+        if tile.mpp is None or self.tile_mpp is None:
             return None
         found = tile.mpp * min(tile.pixels.shape[:2]) / self.image_size
         if 2 / 3 <= found / self.tile_mpp <= 1.5:

@@ -1,0 +1,267 @@
+"""From a checkpoint to a bundle: graphs, prototypes, golden values, proof, manifest."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from cdt_export import parity
+from cdt_export.graphs import Graph, build_graphs
+from cdt_export.onnx import OPSET, describe, to_onnx
+from cdt_export.parity import HeldOut
+from cdt_runtime import __version__
+from cdt_runtime.backends import Session, open_session
+from cdt_runtime.bundle import Bundle, encoder_identity, write_bundle
+from cdt_runtime.ct import read_series
+from cdt_runtime.errors import CheckpointError, DatasetError
+from cdt_runtime.golden import GOLDEN, golden_inputs, golden_outputs, self_test
+from cdt_runtime.preprocess import Preprocess
+from cdt_runtime.prototypes import Prototypes
+from cdt_train.checkpoint import load_checkpoint, load_weights
+from cdt_train.config import Recipe, recipe_from
+from cdt_train.data import DATASETS
+from cdt_train.data.arrays import TileArrays, load_tiles
+from cdt_train.fold import model_of
+from cdt_train.models.transfer_model import TransferModel
+from cdt_train.progress import bar, say
+
+NEEDED = (
+    "epoch",
+    "model_state_dict",
+    "best_metric",
+    "config",
+    "preprocess",
+    "dataset_info",
+    "calibration",
+    "test",
+)
+MAX_HELD_OUT = 256
+"""Held-out tiles that the parity check runs, spread evenly over the test fold."""
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """A checkpoint, taken apart.
+
+    Attributes:
+        model: in evaluation mode, on the CPU.
+        recipe: what it was trained with.
+        preprocess: what it takes in.
+        info: `dataset_info` of the checkpoint.
+        calibration: scale and temperature, with how they were found.
+        test: figures of the held-out fold.
+    """
+
+    model: TransferModel
+    recipe: Recipe
+    preprocess: Preprocess
+    info: Mapping[str, Any]
+    calibration: Mapping[str, Any]
+    test: Mapping[str, Any]
+
+    @property
+    def scale(self) -> float:
+        """The calibrated factor of the negative squared distance."""
+        return float(self.calibration["learnt_scale"] / self.calibration["temperature"])
+
+
+def load_trained(path: Path) -> Trained:
+    """Read a finished model.
+
+    Raises:
+        CheckpointError: missing, damaged, unfinished, or not one of ours.
+    """
+    content = load_checkpoint(path, NEEDED)
+    recipe = recipe_from(content["config"])
+    preprocess = Preprocess.from_dict(content["preprocess"])
+    model = model_of(recipe, len(preprocess.channels))
+    load_weights(model, content["model_state_dict"], path)
+    model.eval()
+    return Trained(
+        model,
+        recipe,
+        preprocess,
+        content["dataset_info"],
+        content["calibration"],
+        content["test"],
+    )
+
+
+def export_bundle(
+    trained: Trained, output: Path, *, precision: str, data_dir: Path | None
+) -> Bundle:
+    """Export, prove and write a bundle.
+
+    Args:
+        trained: what `load_trained` gave.
+        output: folder of the bundle.
+        precision: "fp32" or "fp16".
+        data_dir: the training data, where it has moved since.
+
+    Raises:
+        DatasetError: the training data can't be read again.
+        ParityError: the export does not decide as the model; nothing is written.
+    """
+    support, held_out = read_tiles(trained, data_dir)
+    graphs = build_graphs(trained.model, trained.preprocess, n_classes=len(support.classes))
+    models = {}
+    for graph in bar(graphs, "exporting"):
+        models[graph.name] = to_onnx(graph, fp16=precision == "fp16")
+    sessions = {name: open_session("onnxruntime", data) for name, data in models.items()}
+    record = prove(trained, graphs, sessions, held_out, precision)
+    files = {f"{name}.onnx": data for name, data in models.items()}
+    encoder = encoder_identity(files, trained.preprocess)
+    prototypes = fit_prototypes(trained, support, sessions["path_encoder"], encoder)
+    files |= prototypes.to_files()
+    files[GOLDEN] = golden_file(trained, graphs)
+    bundle = write_bundle(output, files, _facts(trained, graphs, record, precision))
+    self_test(bundle, "onnxruntime", tolerance=parity.TOLERANCES[precision].relative)
+    return bundle
+
+
+def prove(
+    trained: Trained,
+    graphs: list[Graph],
+    sessions: Mapping[str, Session],
+    held_out: HeldOut,
+    precision: str,
+) -> dict[str, Any]:
+    """Compare the exported graphs with PyTorch on held-out data.
+
+    Returns:
+        The figures, as the manifest keeps them.
+
+    Raises:
+        ParityError: a figure is out of bounds.
+    """
+    tolerance = parity.TOLERANCES[precision]
+    compared = parity.compare_graphs(graphs, sessions, held_out)
+    decisions = parity.compare_decisions(trained.model, sessions, held_out, trained.scale)
+    parity.require_parity(compared, decisions, tolerance)
+    return parity.as_record(compared, decisions, tolerance)
+
+
+def read_tiles(trained: Trained, data_dir: Path | None) -> tuple[TileArrays, HeldOut]:
+    """Read the support tiles, the held-out tiles and one CT from the training data.
+
+    Raises:
+        DatasetError: the data has moved or changed.
+    """
+    folder = data_dir or Path(trained.info["data_dir"])
+    if not folder.is_dir():
+        raise DatasetError(
+            f"training data not found at {folder}: give --data-dir: prototypes are made from it"
+        )
+    dataset = DATASETS[trained.info["layout"]](folder)
+    by_name = {tile.path.relative_to(folder).as_posix(): tile for tile in dataset.tiles}
+    split = trained.info["split"]
+    absent = [name for names in split.values() for name in names if name not in by_name]
+    if absent:
+        raise DatasetError(
+            f"{folder}: {len(absent)} tiles of the training run are missing, first {absent[0]}: "
+            f"give the --data-dir that the model was trained on"
+        )
+    classes = tuple(trained.info["classes"])
+
+    def load(names: list[str]) -> TileArrays:
+        tiles = [by_name[name] for name in names]
+        return load_tiles(tiles, classes, trained.preprocess, folder, bar)
+
+    known = load(_spread_support(split, by_name, trained.recipe))
+    step = -(-len(split["test"]) // MAX_HELD_OUT)
+    test = load(split["test"][::step])
+    volume = read_series(dataset.ct[0].path, min_slices=trained.preprocess.min_slices)
+    ct = torch.from_numpy(trained.preprocess.ct(volume))
+    return known, HeldOut(known.tiles, known.labels, test.tiles, test.labels, ct)
+
+
+def _spread_support(
+    split: Mapping[str, list[str]], by_name: Mapping[str, Any], recipe: Recipe
+) -> list[str]:
+    """Draw k_shot tiles a class outside the test fold, from as many patients as there are."""
+    rng = np.random.default_rng([recipe.training.seed, 3])
+    names = sorted(split["train"] + split["val"])
+    shuffled = [names[i] for i in rng.permutation(len(names))]
+    chosen = []
+    for label in sorted({by_name[name].label for name in names}):
+        mine = [name for name in shuffled if by_name[name].label == label]
+        turns: dict[str, int] = {}
+        ranked = []
+        for name in mine:
+            patient = by_name[name].patient
+            turns[patient] = turns.get(patient, 0) + 1
+            ranked.append((turns[patient], name))
+        ranked.sort(key=lambda entry: entry[0])
+        chosen += [name for _, name in ranked[: recipe.training.k_shot]]
+    return chosen
+
+
+def fit_prototypes(
+    trained: Trained, support: TileArrays, path_encoder: Session, encoder_sha256: str
+) -> Prototypes:
+    """Encode the support tiles with the exported encoder, as queries will be."""
+    return Prototypes(
+        classes=support.classes,
+        labels=support.labels,
+        tokens=path_encoder.run({"tile": support.tiles.numpy()})["tile_tokens"],
+        support_sha256=support.sha256,
+        encoder_sha256=encoder_sha256,
+        scale=trained.scale,
+        min_confidence=trained.recipe.training.min_confidence,
+        calibration=dict(trained.calibration),
+    )
+
+
+def golden_file(trained: Trained, graphs: list[Graph]) -> bytes:
+    """Record what PyTorch answers to the golden inputs, as an `.npz` file."""
+    modules = {graph.name: graph for graph in graphs}
+
+    def run(name: str, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        tensors = {key: torch.from_numpy(value) for key, value in inputs.items()}
+        return parity.run_module(modules[name], tensors)
+
+    inputs = golden_inputs(trained.preprocess)
+    buffer = io.BytesIO()
+    np.savez(buffer, allow_pickle=False, **inputs, **golden_outputs(inputs, run))
+    return buffer.getvalue()
+
+
+def _facts(
+    trained: Trained, graphs: list[Graph], record: Mapping[str, Any], precision: str
+) -> dict[str, Any]:
+    graph_facts = {}
+    for graph in graphs:
+        outputs = parity.run_module(graph, graph.inputs)
+        tensors = {name: torch.from_numpy(value) for name, value in outputs.items()}
+        graph_facts[graph.name] = describe(graph, tensors)
+    info = trained.info
+    return {
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "producer": f"cdt-edge {__version__}",
+        "notice": "research use only, not a medical device",
+        "precision": precision,
+        "opset": OPSET,
+        "graphs": graph_facts,
+        "preprocess": trained.preprocess.to_dict(),
+        "parity": record,
+        "training": {
+            "data": info["data"],
+            "phantom": info["phantom"],
+            "classes": info["classes"],
+            "grouped_by": info["grouped_by"],
+            "warnings": info["warnings"],
+            "seed": info["seed"],
+            "fold": info["fold"],
+            "k_shot": trained.recipe.training.k_shot,
+            "test": trained.test,
+        },
+        "licences": {"weights": "trained from nothing on the data named under training"},
+    }

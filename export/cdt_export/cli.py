@@ -1,0 +1,72 @@
+"""`cdt-export`. Only this module reads options; heavy imports wait for the work."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import NoReturn
+
+import click
+
+from cdt_runtime import __version__
+from cdt_runtime.console import run
+
+EXAMPLES = """
+\b
+Examples:
+  cdt-export --fp16                                    models/best_model.pt
+  cdt-export --checkpoint out/best_model.pt --output engines/lung
+
+\b
+The prototypes are made from support tiles of the training data, and the proof
+runs on its held-out tiles, so that data must be at hand (--data-dir, if moved).
+Ends with a parity table; a bundle that does not decide as the model is not
+written, and the exit code is 2. Research use only: not a medical device.
+"""
+
+
+@click.command(
+    "cdt-export", epilog=EXAMPLES, context_settings={"help_option_names": ["-h", "--help"]}
+)
+@click.option("--checkpoint", metavar="FILE", default="models/best_model.pt", show_default=True)
+@click.option(
+    "--output", metavar="DIR", help="The bundle.  [default: engines/DATA-Kshot-PRECISION]"
+)
+@click.option("--fp16", is_flag=True, help="Compute in float16: half the size, faster on a GPU.")
+@click.option("--data-dir", metavar="DIR", help="Where the training data is now, if it has moved.")
+@click.option("--json", "as_json", is_flag=True, help="Print the manifest in place of the table.")
+@click.version_option(__version__, prog_name="cdt-export")
+def export_command(
+    checkpoint: str, output: str | None, fp16: bool, data_dir: str | None, as_json: bool
+) -> None:
+    """Turn a trained model into a bundle that runs without PyTorch.
+
+    The bundle holds the ONNX graphs, the class prototypes and everything that
+    cdt-infer needs, each file with its hash.
+    """
+    from cdt_export.build import export_bundle, load_trained
+    from cdt_export.parity import as_text
+
+    precision = "fp16" if fp16 else "fp32"
+    trained = load_trained(Path(checkpoint))
+    data = "phantom" if trained.info["phantom"] else trained.info["layout"]
+    name = f"{data}-{trained.recipe.training.k_shot}shot-{precision}"
+    bundle = export_bundle(
+        trained,
+        Path(output) if output else Path("engines") / name,
+        precision=precision,
+        data_dir=Path(data_dir) if data_dir else None,
+    )
+    if as_json:
+        click.echo(json.dumps(bundle.manifest, indent=1))
+        return
+    size = sum(entry["bytes"] for entry in bundle.manifest["files"].values())
+    click.echo(as_text(bundle.manifest["parity"]))
+    click.echo(f"\nbundle    {bundle.path} ({precision}, {size / 1e6:.1f} MB, {bundle.identity})")
+    click.echo(f"trained   on {bundle.manifest['training']['data']}")
+    click.echo(f"next      cdt-infer CT_DIR TILE --bundle {bundle.path}")
+
+
+def main() -> NoReturn:
+    """Entry point of `cdt-export`."""
+    run(export_command)

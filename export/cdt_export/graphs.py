@@ -1,0 +1,126 @@
+"""The modules as they are exported: tensors in, tensors out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from cdt_runtime.preprocess import Preprocess
+from cdt_train.models.transfer_model import TransferModel
+
+
+class TileClassifier(nn.Module):
+    """Tile encoder, bridge and head in one graph: what the hot path runs."""
+
+    def __init__(self, model: TransferModel) -> None:
+        super().__init__()
+        self.path_encoder = model.path_encoder
+        self.bridge = model.bridge
+        self.head = model.head
+
+    def forward(
+        self,
+        tile: Tensor,
+        ct_tokens: Tensor,
+        ct_present: Tensor,
+        prototypes: Tensor,
+        scale: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Classify tiles; inputs and outputs are those of the parts."""
+        tokens = self.path_encoder(tile)
+        embedding = self.bridge(tokens, ct_tokens, ct_present)
+        logits, distances = self.head(embedding, prototypes, scale)
+        return logits, distances, embedding
+
+
+class HalfPrecision(nn.Module):
+    """A module computed in float16 behind float32 inputs and outputs.
+
+    Layers that would lose decisions in half precision (normalisations, softmax, unit length) keep
+    float32 inside; see `cdt_train.models.layers`.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module.half()
+        for part in self.module.modules():
+            if isinstance(part, nn.BatchNorm1d):
+                part.float()
+
+    def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """Cast in, compute, cast out."""
+        outputs = self.module(*(x.half() if x.is_floating_point() else x for x in inputs))
+        if isinstance(outputs, Tensor):
+            return outputs.float()
+        return tuple(output.float() for output in outputs)
+
+
+@dataclass(frozen=True, eq=False)
+class Graph:
+    """One module with what the exporter and the parity check need to know of it.
+
+    Attributes:
+        name: of the ONNX file.
+        module: in evaluation mode.
+        inputs: example inputs by name.
+        outputs: output names.
+        dynamic: for each input the names of its dynamic axes, by axis.
+    """
+
+    name: str
+    module: nn.Module
+    inputs: dict[str, Tensor]
+    outputs: tuple[str, ...]
+    dynamic: dict[str, dict[int, str]]
+
+
+def build_graphs(model: TransferModel, preprocess: Preprocess, *, n_classes: int) -> list[Graph]:
+    """List the graphs of a bundle.
+
+    The example batch and number of classes are larger than one, so that neither is taken for a
+    constant.
+    """
+    model.eval()
+    generator = torch.Generator().manual_seed(0)
+    tile = torch.randint(0, 256, (2, *preprocess.tile_shape), generator=generator).to(torch.uint8)
+    if preprocess.tile_dtype == "float32":
+        tile = tile.float() / 255.0
+    ct = torch.rand(preprocess.ct_shape, generator=generator) * 2 - 1
+    with torch.no_grad():
+        ct_tokens, ct_present = model.context(ct)
+        tile_tokens = model.path_encoder(tile)
+        embedding = model.bridge(tile_tokens, ct_tokens, ct_present)
+    prototypes = torch.nn.functional.normalize(
+        torch.randn(max(2, n_classes), embedding.shape[1], generator=generator), dim=1
+    )
+    scale = model.head.scale.detach()
+    batch, classes = {0: "batch"}, {0: "classes"}
+    context = {"ct_tokens": ct_tokens, "ct_present": ct_present}
+    head = {"prototypes": prototypes, "scale": scale}
+    return [
+        Graph("ct_encoder", model.ct_encoder, {"ct": ct}, ("ct_tokens",), {}),
+        Graph("path_encoder", model.path_encoder, {"tile": tile}, ("tile_tokens",), {"tile": batch}),
+        Graph(
+            "bridge",
+            model.bridge,
+            {"tile_tokens": tile_tokens, **context},
+            ("embedding",),
+            {"tile_tokens": batch},
+        ),
+        Graph(
+            "head",
+            model.head,
+            {"embedding": embedding, **head},
+            ("logits", "distances"),
+            {"embedding": batch, "prototypes": classes},
+        ),
+        Graph(
+            "tile_classifier",
+            TileClassifier(model),
+            {"tile": tile, **context, **head},
+            ("logits", "distances", "embedding"),
+            {"tile": batch, "prototypes": classes},
+        ),
+    ]

@@ -1,0 +1,260 @@
+"""The gate: an exported bundle decides as the PyTorch model it was made from, or is not written.
+
+Each graph is compared on real held-out inputs, then the decisions of the whole chain: support
+tokens, prototypes and classification all from the exported graphs on one side, all from PyTorch on
+the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cdt_export.graphs import Graph
+from cdt_runtime.backends import Session
+from cdt_runtime.errors import ParityError
+from cdt_runtime.prototypes import class_means, softmax
+from cdt_train.models.transfer_model import TransferModel
+
+Arrays = dict[str, NDArray[Any]]
+BATCH = 16
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """What an export may differ by.
+
+    Attributes:
+        relative: largest difference of an output, as a share of its largest value.
+        cosine: smallest cosine between an output and its reference.
+        probability: largest change of a class probability.
+    """
+
+    relative: float
+    cosine: float
+    probability: float
+
+
+TOLERANCES = {"fp32": Tolerance(1e-3, 0.999999, 1e-3), "fp16": Tolerance(2e-2, 0.9999, 2e-2)}
+"""Rounding of float32 sums in another order stays below 1e-4, of float16 below 1e-2."""
+
+
+@dataclass(frozen=True)
+class GraphParity:
+    """How one graph compares with its module.
+
+    Attributes:
+        graph: its name.
+        max_difference: largest absolute difference over all outputs.
+        relative: largest difference as a share of the output's largest value.
+        cosine: smallest cosine over all outputs and inputs.
+    """
+
+    graph: str
+    max_difference: float
+    relative: float
+    cosine: float
+
+
+@dataclass(frozen=True)
+class DecisionParity:
+    """How the decisions compare over held-out tiles, in one CT context.
+
+    Attributes:
+        context: "without CT" or "with CT".
+        tiles: held-out tiles compared.
+        label_flips: tiles whose class differs.
+        max_probability_change: largest change of any class's probability.
+        accuracy: of the exported chain on these tiles.
+    """
+
+    context: str
+    tiles: int
+    label_flips: int
+    max_probability_change: float
+    accuracy: float
+
+
+@dataclass(frozen=True, eq=False)
+class HeldOut:
+    """Inputs for the comparison, all preprocessed.
+
+    Attributes:
+        support: `(S, M, H, W)` tiles of the prototypes.
+        support_labels: `(S,)`.
+        tiles: `(n, M, H, W)` held-out tiles.
+        labels: `(n,)`.
+        ct: `(1, W, D, S, S)`, one volume.
+    """
+
+    support: Tensor
+    support_labels: NDArray[np.int64]
+    tiles: Tensor
+    labels: NDArray[np.int64]
+    ct: Tensor
+
+
+def compare_graph(graph: Graph, session: Session, batches: Sequence[Mapping[str, Tensor]]) -> GraphParity:
+    """Compare one graph with its module on given inputs."""
+    difference = relative = 0.0
+    cosine = 1.0
+    for batch in batches:
+        reference = run_module(graph, batch)
+        found = session.run({name: value.numpy() for name, value in batch.items()})
+        for name, expected in reference.items():
+            gap = float(np.abs(found[name] - expected).max())
+            difference = max(difference, gap)
+            relative = max(relative, gap / max(float(np.abs(expected).max()), 1e-12))
+            cosine = min(cosine, _cosine(found[name], expected))
+    return GraphParity(graph.name, difference, relative, cosine)
+
+
+@torch.no_grad()
+def run_module(graph: Graph, inputs: Mapping[str, Tensor]) -> Arrays:
+    """Run a graph's PyTorch module; outputs by name."""
+    outputs = graph.module(*(inputs[name] for name in graph.inputs))
+    listed = (outputs,) if isinstance(outputs, Tensor) else outputs
+    return {name: value.numpy() for name, value in zip(graph.outputs, listed, strict=True)}
+
+
+def compare_graphs(
+    graphs: Sequence[Graph], sessions: Mapping[str, Session], held_out: HeldOut
+) -> list[GraphParity]:
+    """Compare every graph on held-out tiles and a real volume."""
+    rows = []
+    for graph in graphs:
+        batches: list[Mapping[str, Tensor]] = [graph.inputs]
+        if "tile" in graph.inputs:
+            batches = [{**graph.inputs, "tile": part} for part in held_out.tiles.split(BATCH)]
+        if "ct" in graph.inputs:
+            batches = [{"ct": held_out.ct}]
+        rows.append(compare_graph(graph, sessions[graph.name], batches))
+    return rows
+
+
+def compare_decisions(
+    model: TransferModel, sessions: Mapping[str, Session], held_out: HeldOut, scale: float
+) -> list[DecisionParity]:
+    """Compare the decisions of the exported chain with PyTorch's, without and with CT."""
+    rows = []
+    for context, ct in (("without CT", None), ("with CT", held_out.ct)):
+        with torch.no_grad():
+            tokens, present = model.context(ct)
+        expected = _torch_chances(model, held_out, tokens, present, scale)
+        exported_tokens = tokens.numpy()
+        if ct is not None:
+            exported_tokens = sessions["ct_encoder"].run({"ct": ct.numpy()})["ct_tokens"]
+        found = exported_chances(sessions, held_out, exported_tokens, present.numpy(), scale)
+        best = found.argmax(axis=1)
+        rows.append(
+            DecisionParity(
+                context,
+                len(best),
+                int((best != expected.argmax(axis=1)).sum()),
+                float(np.abs(found - expected).max()),
+                float((best == held_out.labels).mean()),
+            )
+        )
+    return rows
+
+
+def exported_chances(
+    sessions: Mapping[str, Session],
+    held_out: HeldOut,
+    ct_tokens: NDArray[Any],
+    ct_present: NDArray[Any],
+    scale: float,
+) -> NDArray[np.float64]:
+    """Return class probabilities `(n, K)` of the held-out tiles from the exported graphs alone."""
+    context = {"ct_tokens": ct_tokens, "ct_present": ct_present}
+    tile_tokens = sessions["path_encoder"].run({"tile": held_out.support.numpy()})["tile_tokens"]
+    support = sessions["bridge"].run({"tile_tokens": tile_tokens, **context})["embedding"]
+    means = class_means(support, held_out.support_labels, int(held_out.support_labels.max()) + 1)
+    head = {"prototypes": means, "scale": np.array([scale], dtype=np.float32)}
+    parts = [
+        sessions["tile_classifier"].run({"tile": part.numpy(), **context, **head})["logits"]
+        for part in held_out.tiles.split(BATCH)
+    ]
+    return softmax(np.concatenate(parts))
+
+
+def require_parity(
+    graphs: Sequence[GraphParity], decisions: Sequence[DecisionParity], tolerance: Tolerance
+) -> None:
+    """Refuse an export that does not decide as before.
+
+    Raises:
+        ParityError: naming the first figure out of bounds.
+    """
+    for row in graphs:
+        if not (row.relative <= tolerance.relative and row.cosine >= tolerance.cosine):
+            raise ParityError(
+                f"{row.graph}: differs from PyTorch by {row.relative:.2g} of its range, cosine "
+                f"{row.cosine:.6f}; allowed {tolerance.relative:g} and {tolerance.cosine}: "
+                f"no bundle was written"
+            )
+    for decision in decisions:
+        if decision.label_flips or not decision.max_probability_change <= tolerance.probability:
+            raise ParityError(
+                f"{decision.context}: {decision.label_flips} of {decision.tiles} held-out tiles "
+                f"change class, probabilities by up to {decision.max_probability_change:.2g}; "
+                f"allowed 0 and {tolerance.probability:g}: no bundle was written"
+            )
+
+
+def as_record(
+    graphs: Sequence[GraphParity], decisions: Sequence[DecisionParity], tolerance: Tolerance
+) -> dict[str, Any]:
+    """Return the parity figures as the manifest keeps them."""
+    return {
+        "graphs": [asdict(row) for row in graphs],
+        "decisions": [asdict(row) for row in decisions],
+        "tolerance": asdict(tolerance),
+    }
+
+
+def as_text(record: Mapping[str, Any]) -> str:
+    """Return the parity table for the reader."""
+    lines = [f"{'graph':<16} {'max difference':>15} {'of its range':>13} {'min cosine':>11}"]
+    lines += [
+        f"{row['graph']:<16} {row['max_difference']:>15.2e} {row['relative']:>13.2e} "
+        f"{row['cosine']:>11.7f}"
+        for row in record["graphs"]
+    ]
+    lines += ["", f"{'held-out tiles':<16} {'flips':>9} {'max change of probability':>27} {'accuracy':>10}"]
+    lines += [
+        f"{row['context']:<16} {row['label_flips']:>3} of {row['tiles']:<3}"
+        f"{row['max_probability_change']:>26.2e} {row['accuracy']:>11.3f}"
+        for row in record["decisions"]
+    ]
+    return "\n".join(lines)
+
+
+@torch.no_grad()
+def _torch_chances(
+    model: TransferModel, held_out: HeldOut, tokens: Tensor, present: Tensor, scale: float
+) -> NDArray[np.float64]:
+    embed: Callable[[Tensor], Tensor] = lambda tiles: model.bridge(  # noqa: E731
+        model.path_encoder(tiles), tokens, present
+    )
+    support = embed(held_out.support).numpy()
+    means = class_means(support, held_out.support_labels, int(held_out.support_labels.max()) + 1)
+    parts = [
+        model.head(embed(part), torch.from_numpy(means), torch.tensor([scale]))[0].numpy()
+        for part in held_out.tiles.split(BATCH)
+    ]
+    return softmax(np.concatenate(parts))
+
+
+def _cosine(found: NDArray[Any], expected: NDArray[Any]) -> float:
+    """Smallest cosine over the rows of two arrays, each row being all but the first axis."""
+    a = found.reshape(len(found), -1).astype(np.float64)
+    b = expected.reshape(len(expected), -1).astype(np.float64)
+    norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    return float(((a * b).sum(axis=1) / np.maximum(norms, 1e-30)).min())

@@ -1,0 +1,106 @@
+"""Golden values: the self-test of a bundle, on any engine and any machine.
+
+The inputs are generated, so that no patient's pixels travel in a bundle; the outputs are what the
+PyTorch model gave for them.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cdt_runtime.backends import open_session
+from cdt_runtime.bundle import Bundle
+from cdt_runtime.errors import ParityError
+from cdt_runtime.preprocess import Preprocess, area_resize
+from cdt_runtime.prototypes import class_means
+
+GOLDEN = "golden.npz"
+_CLASSES = np.array([0, 0, 1, 1])
+
+Arrays = dict[str, NDArray[Any]]
+Run = Callable[[str, Mapping[str, NDArray[Any]]], Arrays]
+
+
+def golden_inputs(preprocess: Preprocess) -> Arrays:
+    """Generate the inputs: smooth random patterns of the right size and range.
+
+    Returns:
+        `in_ct` `(1, W, D, S, S)` and `in_tile` `(4, M, S, S)`; tiles 0, 1 and 2, 3 are two classes.
+    """
+    rng = np.random.default_rng(20240517)
+    ct = _smooth(rng, preprocess.ct_shape, cell=8) * 2 - 1
+    tile = np.stack([_smooth(rng, preprocess.tile_shape, cell=4 * (n // 2 + 1)) for n in range(4)])
+    if preprocess.tile_dtype == "uint8":
+        tile = np.rint(tile * 255)
+    return {"in_ct": ct.astype(np.float32), "in_tile": tile.astype(preprocess.tile_dtype)}
+
+
+def golden_outputs(inputs: Mapping[str, NDArray[Any]], run: Run) -> Arrays:
+    """Send the golden inputs through the whole chain.
+
+    Args:
+        inputs: what `golden_inputs` gave.
+        run: runs the graph of that name.
+
+    Returns:
+        Outputs by name: CT tokens, and embeddings and logits with CT and without.
+    """
+    tokens = run("ct_encoder", {"ct": inputs["in_ct"]})["ct_tokens"]
+    results: Arrays = {"out_ct_tokens": tokens}
+    for name, present in (("with_ct", 1.0), ("without_ct", 0.0)):
+        context = {"ct_tokens": tokens, "ct_present": np.array([present], dtype=np.float32)}
+        tile_tokens = run("path_encoder", {"tile": inputs["in_tile"]})["tile_tokens"]
+        embedding = run("bridge", {"tile_tokens": tile_tokens, **context})["embedding"]
+        means = class_means(embedding, _CLASSES, 2)
+        head = {"prototypes": means, "scale": np.array([5.0], dtype=np.float32)}
+        outputs = run("tile_classifier", {"tile": inputs["in_tile"], **context, **head})
+        alone = run("head", {"embedding": embedding, **head})
+        results[f"out_embedding_{name}"] = outputs["embedding"]
+        results[f"out_logits_{name}"] = outputs["logits"]
+        results[f"out_distances_{name}"] = alone["distances"]
+    return results
+
+
+def self_test(bundle: Bundle, backend: str, *, tolerance: float) -> dict[str, float]:
+    """Run the golden inputs on an engine and compare.
+
+    Args:
+        bundle: an opened bundle.
+        backend: key of `BACKENDS`.
+        tolerance: allowed difference as a share of each output's largest value.
+
+    Returns:
+        That share for each output.
+
+    Raises:
+        ParityError: an output is further off.
+    """
+    stored = np.load(io.BytesIO(bundle.read(GOLDEN)), allow_pickle=False)
+    sessions = {
+        name: open_session(backend, bundle.read(f"{name}.onnx"))
+        for name in bundle.manifest["graphs"]
+    }
+    inputs = {name: stored[name] for name in stored.files if name.startswith("in_")}
+    found = golden_outputs(inputs, lambda name, given: sessions[name].run(given))
+    gaps = {}
+    for name, values in found.items():
+        expected = stored[name]
+        gaps[name] = float(np.abs(values - expected).max() / np.abs(expected).max())
+        if not gaps[name] <= tolerance:
+            raise ParityError(
+                f"{bundle.path.name}: {name} is off by {gaps[name]:.2g} of its range on {backend}, "
+                f"allowed {tolerance:g}: this engine must not be used for this bundle"
+            )
+    return gaps
+
+
+def _smooth(rng: np.random.Generator, shape: tuple[int, ...], cell: int) -> NDArray[np.float32]:
+    """Draw noise on a coarse grid and interpolate it; values 0 to 1."""
+    coarse = (*shape[:-2], shape[-2] // cell, shape[-1] // cell)
+    result: NDArray[np.float32] = area_resize(rng.random(coarse), shape)
+    return result

@@ -1,0 +1,100 @@
+"""Checkpoints: written whole or not at all, read without running code."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cdt_runtime.errors import CheckpointError, TrainingError
+
+_PARTIAL = ".partial"
+
+
+def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a checkpoint so that a kill at any moment leaves the old one or the new one.
+
+    Raises:
+        TrainingError: a tensor of the model is not finite.
+        CheckpointError: the disk refuses it; an older file of that name stays.
+    """
+    _require_finite(path, content.get("model_state_dict", {}))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{_PARTIAL}")
+    try:
+        with temporary.open("wb") as file:
+            torch.save(dict(content), file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise CheckpointError(f"{path}: can't be written ({error.strerror})") from error
+
+
+def load_checkpoint(path: Path, needed: Iterable[str]) -> dict[str, Any]:
+    """Read a checkpoint on the CPU, tensors and plain values only.
+
+    Args:
+        path: the file.
+        needed: keys it must hold.
+
+    Raises:
+        CheckpointError: missing, damaged, or not one of ours.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such checkpoint: cdt-train writes it, or give another")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch names a dozen types for a damaged archive
+        raise CheckpointError(
+            f"{path}: not a readable checkpoint: it is damaged, or not made by cdt-train"
+        ) from error
+    absent = [key for key in needed if not isinstance(content, dict) or key not in content]
+    if absent:
+        raise CheckpointError(f"{path}: not a cdt-train checkpoint: lacks {', '.join(absent)}")
+    return dict(content)
+
+
+def load_weights(module: torch.nn.Module, state: Mapping[str, Tensor], origin: Path) -> None:
+    """Load weights that must fit one to one.
+
+    Raises:
+        CheckpointError: a key is missing, unknown or of another shape.
+    """
+    own = module.state_dict()
+    odd = sorted(set(own) ^ set(state))
+    odd += [key for key in own if key in state and own[key].shape != state[key].shape]
+    if odd:
+        raise CheckpointError(
+            f"{origin}: weights do not fit the model of this recipe, first at {odd[0]}: "
+            f"use the recipe it was trained with"
+        )
+    module.load_state_dict(dict(state))
+
+
+def sweep_partial(folder: Path) -> None:
+    """Remove what killed runs left half-written."""
+    for stale in folder.glob(f".*{_PARTIAL}"):
+        stale.unlink(missing_ok=True)
+
+
+def _require_finite(path: Path, state: Mapping[str, Tensor]) -> None:
+    for key, tensor in state.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise TrainingError(
+                f"{path.name}: {key} is not finite, nothing was saved: lower the learning rate"
+            )
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

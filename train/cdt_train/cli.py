@@ -1,0 +1,85 @@
+"""`cdt-train`. Only this module reads options; heavy imports wait for the work."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import NoReturn
+
+import click
+
+from cdt_runtime import __version__
+from cdt_runtime.console import run
+
+EXAMPLES = """
+\b
+Examples:
+  cdt-train --kshot 5                                  phantom data, a few minutes
+  cdt-train --kshot 5 --data-dir DATA --output-dir out
+  cdt-train --config my.yaml training.num_epochs=30 --resume
+
+\b
+DATA holds
+  ct_data/PATIENT/.../*.dcm               one CT series a folder
+  pathology_data/PATIENT/REGION/          one file a marker, or one image file
+  labels.csv                              patient,region,label  (or path,label)
+or, in place of labels.csv, class folders: pathology_data/CLASS/*.tif
+
+\b
+Writes best_model.pt, metrics.json and curves to the output folder.
+Research use only: not a medical device.
+"""
+
+
+@click.command(
+    "cdt-train", epilog=EXAMPLES, context_settings={"help_option_names": ["-h", "--help"]}
+)
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE ...]")
+@click.option("--kshot", type=click.IntRange(min=1), help="Support tiles a class.  [default: 5]")
+@click.option("--config", metavar="FILE", help="Recipe (YAML); see configs/default.yaml.")
+@click.option("--data-dir", metavar="DIR", help="Your data.  [default: generated phantom data]")
+@click.option("--output-dir", metavar="DIR", default="models", show_default=True)
+@click.option("--num-folds", type=click.IntRange(min=2), help="Folds by patient.  [default: 3]")
+@click.option("--resume", is_flag=True, help="Go on where an interrupted run stopped.")
+@click.option("--json", "as_json", is_flag=True, help="Print metrics.json in place of the table.")
+@click.version_option(__version__, prog_name="cdt-train")
+def train_command(
+    overrides: tuple[str, ...],
+    kshot: int | None,
+    config: str | None,
+    data_dir: str | None,
+    output_dir: str,
+    num_folds: int | None,
+    resume: bool,
+    as_json: bool,
+) -> None:
+    """Train a few-shot tile classifier with CT as context, and evaluate it.
+
+    Phase 1 pretrains the CT encoder without labels; phase 2 trains the whole
+    model on few-shot episodes. Folds are by patient.
+    """
+    from cdt_train.config import load_recipe
+
+    shorthand = {"training.k_shot": kshot, "training.num_folds": num_folds}
+    pairs = [f"{key}={value}" for key, value in shorthand.items() if value is not None]
+    recipe = load_recipe(Path(config) if config else None, [*overrides, *pairs])
+
+    from cdt_train.run import run_training
+    from cdt_train.summary import as_text
+
+    output = Path(output_dir)
+    report = run_training(
+        recipe, data_dir=Path(data_dir) if data_dir else None, output_dir=output, resume=resume
+    )
+    if as_json:
+        click.echo(json.dumps(report, indent=1))
+        return
+    click.echo(as_text(report))
+    click.echo(f"\nmodel     {output / 'best_model.pt'} (fold {report['best_fold']})")
+    click.echo(f"figures   {output / 'metrics.json'}, {output}/fold_*/curves.png")
+    click.echo(f"next      cdt-export --checkpoint {output / 'best_model.pt'} --fp16")
+
+
+def main() -> NoReturn:
+    """Entry point of `cdt-train`."""
+    run(train_command)

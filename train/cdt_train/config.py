@@ -1,0 +1,185 @@
+"""The recipe: every number of a training run that a user may want to change.
+
+Defaults live here. A YAML file names only what differs, and `key=value` on the command line names
+what differs from the file. `configs/default.yaml` writes the defaults out.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from cdt_runtime.errors import RecipeError
+
+DEFAULT_MARKERS = ("DAPI", "PanCK", "CD3", "CD8", "FOXP3", "PDL1")
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataRecipe(_Section):
+    """What the model takes in."""
+
+    layout: str = Field("hospital", description="key of cdt_train.data.DATASETS")
+    channels: tuple[str, ...] | None = Field(
+        None, description="tile channels; null: R, G, B for RGB tiles, else the default markers"
+    )
+    channel_dropout: float = Field(
+        0.1, ge=0, lt=1, description="chance that training hides a marker; 0 for RGB tiles"
+    )
+    ct_depth: int = Field(16, ge=8, multiple_of=8)
+    slice_size: int = Field(128, ge=32, multiple_of=32)
+    image_size: int = Field(224, ge=32, multiple_of=32)
+    hu_windows: tuple[tuple[float, float], ...] = ((-1000.0, 1000.0),)
+
+
+class ModelRecipe(_Section):
+    """The shape of the model."""
+
+    feature_dim: int = Field(512, ge=8, description="width of tokens and of the embedding")
+    attention_num_heads: int = Field(8, ge=1)
+    path_widths: tuple[int, int, int, int] = (16, 32, 64, 128)
+    ct_widths: tuple[int, int, int, int] = (16, 32, 64, 128)
+
+
+class TrainingRecipe(_Section):
+    """How it is trained and evaluated."""
+
+    seed: int = Field(0, ge=0)
+    num_folds: int = Field(3, ge=2, description="folds by patient, or by group")
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    # Phase 1: self-supervised pretraining on CT.
+    ssl_epochs: int = Field(10, ge=0)
+    ssl_steps: int = Field(6, ge=1, description="batches an epoch")
+    ssl_batch_size: int = Field(8, ge=2, description="volumes a batch; each gives two views")
+    ssl_learning_rate: float = Field(1e-3, gt=0)
+    ssl_temperature: float = Field(0.2, gt=0)
+    # Phase 2: episodic training of the whole model.
+    num_epochs: int = Field(8, ge=1)
+    episodes_per_epoch: int = Field(15, ge=1)
+    k_shot: int = Field(5, ge=1)
+    n_way: int | None = Field(None, ge=2, description="null: all classes")
+    n_query: int = Field(10, ge=1, description="query tiles a class in a training episode")
+    learning_rate: float = Field(2e-3, gt=0)
+    weight_decay: float = Field(5e-3, ge=0)
+    warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps")
+    domain_weight: float = Field(0.3, ge=0, description="top of the gradient-reversal ramp")
+    ct_dropout: float = Field(0.5, ge=0, le=1, description="chance of an episode without CT")
+    val_share: float = Field(0.25, gt=0, lt=1, description="of a fold's training patients")
+    val_episodes: int = Field(200, ge=1)
+    test_episodes: int = Field(1000, ge=1)
+    test_queries: int = Field(5, ge=1, description="query tiles a class in an evaluation episode")
+    min_confidence: float = Field(0.6, ge=0, le=1, description="below it the answer is none")
+    keep_checkpoints: int = Field(3, ge=1)
+
+
+class Recipe(_Section):
+    """A whole recipe."""
+
+    data: DataRecipe = DataRecipe()
+    model: ModelRecipe = ModelRecipe()
+    training: TrainingRecipe = TrainingRecipe()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, as a checkpoint keeps them."""
+        return self.model_dump(mode="json")
+
+
+def load_recipe(file: Path | None = None, overrides: Iterable[str] = ()) -> Recipe:
+    """Build a recipe from the defaults, a YAML file and `key=value` pairs, in that order.
+
+    Raises:
+        RecipeError: the file can't be read, a key is unknown, or a value has a wrong type or range.
+    """
+    values = _read_yaml(file) if file else {}
+    for pair in overrides:
+        key, separator, text = pair.partition("=")
+        if not separator:
+            raise RecipeError(f"{pair!r}: expected key=value, such as training.num_epochs=20")
+        _set(values, key.strip(), _parse(pair, text))
+    return recipe_from(values)
+
+
+def recipe_from(values: Mapping[str, Any]) -> Recipe:
+    """Build a recipe from nested values.
+
+    Raises:
+        RecipeError: a key is unknown, or a value has a wrong type or range.
+    """
+    try:
+        recipe = Recipe.model_validate(values)
+    except ValidationError as error:
+        raise RecipeError(_explain(error)) from error
+    width, heads = recipe.model.feature_dim, recipe.model.attention_num_heads
+    if width % heads:
+        raise RecipeError(
+            f"model.feature_dim: {width} is not a multiple of model.attention_num_heads ({heads})"
+        )
+    return recipe
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"recipe {file}: can't be read ({error.strerror})") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        place = getattr(error, "problem_mark", None)
+        line = f" at line {place.line + 1}" if place else ""
+        raise RecipeError(f"recipe {file.name}: not valid YAML{line}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise RecipeError(f"recipe {file.name}: expected sections data:, model:, training:")
+    return values
+
+
+def _parse(pair: str, text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{pair!r}: the value is not valid YAML") from error
+
+
+def _set(values: dict[str, Any], key: str, value: Any) -> None:
+    *sections, last = key.split(".")
+    node = values
+    for section in sections:
+        node = node.setdefault(section, {})
+        if not isinstance(node, dict):
+            raise RecipeError(f"{key}: {section} holds a value, not further keys")
+    node[last] = value
+
+
+def known_keys() -> list[str]:
+    """Return every key of a recipe, dotted."""
+    return [
+        f"{section}.{key}"
+        for section, field in Recipe.model_fields.items()
+        for key in field.annotation.model_fields  # type: ignore[union-attr]
+    ]
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return f"{key}: unknown key{_nearest(key)}"
+    found = first.get("input")
+    return f"{key}: {found!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
+
+
+def _nearest(key: str) -> str:
+    keys = known_keys()
+    by_name = {name.rpartition(".")[2]: name for name in keys}
+    near = difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
+    near = near or [
+        by_name[name] for name in difflib.get_close_matches(key.rpartition(".")[2], by_name, n=1)
+    ]
+    return f", did you mean {near[0]}?" if near else f": the keys are {', '.join(keys)}"

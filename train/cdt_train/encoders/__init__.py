@@ -1,0 +1,1 @@
+"""Encoders that turn a tile or a CT into tokens."""

@@ -1,0 +1,74 @@
+"""A compact tile encoder that trains from nothing on a small machine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+class PathEncoder(nn.Module):
+    """Four strided stages of plain convolutions, then a grid of tokens.
+
+    Scaling and standardising happen inside, so that the graph takes in bytes.
+
+    Args:
+        channels: M, channels of a tile.
+        widths: channels of the four stages.
+        feature_dim: C, width of a token.
+        image_size: height and width of a tile input, a multiple of 32.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self, channels: int, widths: Sequence[int], feature_dim: int, image_size: int
+    ) -> None:
+        super().__init__()
+        self.token_count = (image_size // 32) ** 2
+        self.register_buffer("mean", torch.zeros(channels, 1, 1))
+        self.register_buffer("std", torch.ones(channels, 1, 1))
+        self.stem = _block(channels, widths[0], kernel=5, stride=2)
+        self.stages = nn.Sequential(
+            *(
+                nn.Sequential(_block(before, after, stride=2), _block(after, after))
+                for before, after in zip(widths[:-1], widths[1:], strict=True)
+            )
+        )
+        self.pool = nn.AvgPool2d(2)
+        self.project = nn.Linear(widths[-1], feature_dim)
+
+    @torch.no_grad()
+    def standardise_by(self, tiles: Tensor) -> None:
+        """Take mean and spread of each channel from training tiles `(B, M, S, S)`."""
+        scaled = _unit_scale(tiles)
+        self.mean.copy_(scaled.mean(dim=(0, 2, 3))[:, None, None])
+        self.std.copy_(scaled.std(dim=(0, 2, 3))[:, None, None].clamp_min(1e-3))
+
+    def forward(self, tile: Tensor) -> Tensor:
+        """Encode tiles.
+
+        Args:
+            tile: `(B, M, S, S)`, uint8 in 0 to 255 or float in 0 to 1.
+
+        Returns:
+            `(B, N, C)` tokens, N = (S / 32) squared.
+        """
+        standard = (_unit_scale(tile).to(self.mean.dtype) - self.mean) / self.std
+        features = self.pool(self.stages(self.stem(standard)))
+        tokens: Tensor = self.project(features.flatten(2).transpose(1, 2))
+        return tokens
+
+
+def _unit_scale(tile: Tensor) -> Tensor:
+    return tile.float() / 255.0 if tile.dtype == torch.uint8 else tile.float()
+
+
+def _block(before: int, after: int, *, kernel: int = 3, stride: int = 1) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(before, after, kernel, stride, kernel // 2, bias=False),
+        nn.BatchNorm2d(after),
+        nn.ReLU(),
+    )

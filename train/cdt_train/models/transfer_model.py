@@ -1,0 +1,77 @@
+"""The whole model, put together from its parts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from cdt_train.encoders.conv2d import PathEncoder
+from cdt_train.encoders.conv3d import CtEncoder
+from cdt_train.models.bridge import Bridge
+from cdt_train.models.domain import DomainDiscriminator
+from cdt_train.models.prototypical import PrototypicalHead
+
+
+class TransferModel(nn.Module):
+    """CT encoder, tile encoder, bridge, prototypical head, and the domain discriminator."""
+
+    def __init__(
+        self,
+        ct_encoder: CtEncoder,
+        path_encoder: PathEncoder,
+        bridge: Bridge,
+        head: PrototypicalHead,
+        discriminator: DomainDiscriminator,
+    ) -> None:
+        super().__init__()
+        self.ct_encoder = ct_encoder
+        self.path_encoder = path_encoder
+        self.bridge = bridge
+        self.head = head
+        self.discriminator = discriminator
+
+    def context(self, ct: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Encode a CT, or stand in for none.
+
+        Args:
+            ct: `(1, W, D, S, S)` or None.
+
+        Returns:
+            CT tokens `(1, T, C)` and presence `(1,)`.
+        """
+        like = self.head.log_scale
+        if ct is None:
+            width = self.bridge.null_key.shape[-1]
+            return like.new_zeros(1, 1, width), like.new_zeros(1)
+        return self.ct_encoder(ct), like.new_ones(1)
+
+    def embed(self, tile: Tensor, ct: Tensor | None) -> Tensor:
+        """Embed tiles `(B, M, S, S)` in a CT context; unit vectors `(B, E)`."""
+        tokens, present = self.context(ct)
+        result: Tensor = self.bridge(self.path_encoder(tile), tokens, present)
+        return result
+
+
+def build_model(
+    *,
+    channels: int,
+    image_size: int,
+    windows: int,
+    feature_dim: int,
+    num_heads: int,
+    path_widths: Sequence[int],
+    ct_widths: Sequence[int],
+    seed: int,
+) -> TransferModel:
+    """Build the model with seeded weights; `ModelRecipe` and `DataRecipe` describe the numbers."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return TransferModel(
+            CtEncoder(windows, ct_widths, feature_dim),
+            PathEncoder(channels, path_widths, feature_dim, image_size),
+            Bridge(feature_dim, num_heads),
+            PrototypicalHead(),
+            DomainDiscriminator(feature_dim),
+        )

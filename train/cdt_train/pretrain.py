@@ -1,0 +1,96 @@
+"""Phase 1 as part of a run: pretrain the CT encoder, or take up a finished one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cdt_train.checkpoint import load_checkpoint, save_checkpoint
+from cdt_train.config import Recipe
+from cdt_train.data.arrays import CtArrays
+from cdt_train.encoders.conv3d import CtEncoder
+from cdt_train.loop import Run, Schedule, require_same_recipe, train_phase
+from cdt_train.plots import plot_curves
+from cdt_train.progress import say
+from cdt_train.ssl import ContrastivePhase
+
+PRETRAINED = "ct_encoder_pretrained.pt"
+
+
+def pretrain(
+    recipe: Recipe,
+    ct: CtArrays,
+    folder: Path,
+    resume: bool,
+    device: torch.device,
+    dataset_info: Mapping[str, Any],
+) -> dict[str, Tensor]:
+    """Pretrain the CT encoder and keep it in `folder`.
+
+    Args:
+        recipe: of the run.
+        ct: the volumes that it may see.
+        folder: gets `ct_encoder_pretrained.pt` and the curves.
+        resume: take up a finished or half-finished phase.
+        device: to train on.
+        dataset_info: recorded in the checkpoint.
+
+    Returns:
+        The encoder's weights.
+    """
+    path, config = folder / PRETRAINED, recipe.to_dict()
+    if resume and path.is_file():
+        found = load_checkpoint(path, ("model_state_dict", "config"))
+        require_same_recipe(path, found["config"], config)
+        state: dict[str, Tensor] = found["model_state_dict"]
+        return state
+    training = recipe.training
+    encoder = CtEncoder(
+        len(recipe.data.hu_windows), recipe.model.ct_widths, recipe.model.feature_dim
+    )
+    _seed_weights(encoder, training.seed)
+    history: list[dict[str, float]] = []
+    if training.ssl_epochs > 0 and len(ct) >= 2:
+        say(f"phase 1: contrastive pretraining on {len(ct)} CT series")
+        phase = ContrastivePhase(
+            encoder,
+            ct.volumes,
+            batch_size=training.ssl_batch_size,
+            temperature=training.ssl_temperature,
+            seed=training.seed,
+            device=device,
+        )
+        schedule = Schedule(
+            training.ssl_epochs,
+            training.ssl_steps,
+            training.ssl_learning_rate,
+            training.weight_decay,
+            training.warmup,
+        )
+        run = Run(folder, "ssl", config, keep=training.keep_checkpoints, resume=resume)
+        history = train_phase(phase, schedule, run)
+        panels = {"loss": "contrastive loss", "accuracy": "accuracy of matching views"}
+        plot_curves(folder / "curves_ssl.png", "Phase 1: CT pretraining", history, panels)
+    else:
+        say(f"phase 1: left out ({len(ct)} CT series, training.ssl_epochs={training.ssl_epochs})")
+    state = {key: value.cpu().clone() for key, value in encoder.state_dict().items()}
+    content = {
+        "model_state_dict": state,
+        "ssl_history": history,
+        "config": config,
+        "dataset_info": dict(dataset_info),
+    }
+    save_checkpoint(path, content)
+    return state
+
+
+def _seed_weights(encoder: CtEncoder, seed: int) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for module in encoder.modules():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
