@@ -1,8 +1,8 @@
 """Phantom CT of a chest: drawn in millimetres, sampled on the scanner's grid, in Hounsfield units.
 
-Axes are those of the patient on the back, feet first or head first alike: x to the patient's left,
-y to the back, z to the head. Every organ is an inequality over `(z, y, x)`, painted over what was
-there before: fat, muscle, lungs, mediastinum, bone, vessels, nodules.
+Axes are those of a patient on the back: x to the patient's left, y to the back, z to the head.
+Every organ is an inequality over `(z, y, x)`, painted over what was there before: fat, muscle,
+lungs, mediastinum, bone, vessels, nodules.
 """
 
 from __future__ import annotations
