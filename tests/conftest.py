@@ -44,3 +44,58 @@ def cache_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache for CT tokens."""
     monkeypatch.setenv("CDT_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
+
+
+TINY_RECIPE = (
+    "data.ct_depth=8",
+    "data.slice_size=64",
+    "data.image_size=64",
+    "model.feature_dim=32",
+    "model.attention_num_heads=4",
+    "model.path_widths=[8,8,16,16]",
+    "model.ct_widths=[8,8,16,16]",
+    "training.num_folds=2",
+    "training.ssl_epochs=2",
+    "training.ssl_steps=2",
+    "training.ssl_batch_size=4",
+    "training.num_epochs=2",
+    "training.episodes_per_epoch=2",
+    "training.k_shot=2",
+    "training.n_query=2",
+    "training.val_episodes=20",
+    "training.test_episodes=50",
+    "training.min_confidence=0.5",
+)
+"""A recipe that runs through everything in seconds and learns next to nothing."""
+
+
+@pytest.fixture(scope="session")
+def phantom_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small phantom hospital: 8 patients with tiles, 3 with a CT, one new patient."""
+    from cdt_train.data.phantom import write_phantom
+
+    folder = tmp_path_factory.mktemp("phantom") / "data"
+    write_phantom(folder, seed=1, n_patients=8, n_ct=3, regions_per_class=3)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trained_dir(phantom_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output folder of a tiny training run."""
+    from cdt_train.config import load_recipe
+    from cdt_train.run import run_training
+
+    folder = tmp_path_factory.mktemp("models") / "models"
+    recipe = load_recipe(None, TINY_RECIPE)
+    run_training(recipe, data_dir=phantom_dir, output_dir=folder, resume=False)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def bundle_dir(trained_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle in float32, exported from the tiny run."""
+    from cdt_export.build import export_bundle, load_trained
+
+    trained = load_trained(trained_dir / "best_model.pt")
+    folder = tmp_path_factory.mktemp("engines") / "tiny"
+    return export_bundle(trained, folder, precision="fp32", data_dir=None).path

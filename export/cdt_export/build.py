@@ -82,7 +82,7 @@ def load_trained(path: Path) -> Trained:
     content = load_checkpoint(path, NEEDED)
     recipe = recipe_from(content["config"])
     preprocess = Preprocess.from_dict(content["preprocess"])
-    model = model_of(recipe, len(preprocess.channels))
+    model = model_of(recipe, len(preprocess.channels), len(content["dataset_info"]["classes"]))
     load_weights(model, content["model_state_dict"], path)
     model.eval()
     return Trained(
@@ -144,7 +144,9 @@ def prove(
     """
     tolerance = parity.TOLERANCES[precision]
     compared = parity.compare_graphs(graphs, sessions, held_out)
-    decisions = parity.compare_decisions(trained.model, sessions, held_out, trained.scale)
+    decisions = parity.compare_decisions(
+        trained.model, sessions, held_out, trained.scale, tolerance
+    )
     parity.require_parity(compared, decisions, tolerance)
     return parity.as_record(compared, decisions, tolerance)
 

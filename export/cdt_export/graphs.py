@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from cdt_runtime.preprocess import Preprocess
+from cdt_train.models.layers import Centre
+from cdt_train.models.prototypical import PrototypicalHead
 from cdt_train.models.transfer_model import TransferModel
 
 
 class TileClassifier(nn.Module):
     """Tile encoder, bridge and head in one graph: what the hot path runs."""
 
-    def __init__(self, model: TransferModel) -> None:
+    def __init__(self, path_encoder: nn.Module, bridge: nn.Module, head: PrototypicalHead) -> None:
         super().__init__()
-        self.path_encoder = model.path_encoder
-        self.bridge = model.bridge
-        self.head = model.head
+        self.path_encoder = path_encoder
+        self.bridge = bridge
+        self.head = head
 
     def forward(
         self,
@@ -46,7 +49,7 @@ class HalfPrecision(nn.Module):
         super().__init__()
         self.module = module.half()
         for part in self.module.modules():
-            if isinstance(part, nn.BatchNorm1d):
+            if isinstance(part, Centre):
                 part.float()
 
     def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
@@ -55,6 +58,17 @@ class HalfPrecision(nn.Module):
         if isinstance(outputs, Tensor):
             return outputs.float()
         return tuple(output.float() for output in outputs)
+
+
+def in_half_precision(module: nn.Module) -> nn.Module:
+    """Return a copy that computes in float16; the head is tiny, decides, and stays in float32."""
+    if isinstance(module, TileClassifier):
+        return TileClassifier(
+            in_half_precision(module.path_encoder), in_half_precision(module.bridge), module.head
+        )
+    if isinstance(module, PrototypicalHead):
+        return module
+    return HalfPrecision(copy.deepcopy(module))
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,7 +132,7 @@ def build_graphs(model: TransferModel, preprocess: Preprocess, *, n_classes: int
         ),
         Graph(
             "tile_classifier",
-            TileClassifier(model),
+            TileClassifier(model.path_encoder, model.bridge, model.head),
             {"tile": tile, **context, **head},
             ("logits", "distances", "embedding"),
             {"tile": batch, "prototypes": classes},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import warnings
 from collections.abc import Iterator
@@ -12,13 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cdt_export.graphs import Graph, HalfPrecision
+from cdt_export.graphs import Graph, HalfPrecision, in_half_precision
 
 OPSET = 20
 """The newest opset whose normalisations and attention every engine at hand runs."""
-
-HALF_PRECISION_GRAPHS = ("ct_encoder", "path_encoder", "bridge", "tile_classifier")
-"""The head stays in float32: it is tiny and decides."""
 
 
 def to_onnx(graph: Graph, *, fp16: bool) -> bytes:
@@ -26,13 +22,12 @@ def to_onnx(graph: Graph, *, fp16: bool) -> bytes:
 
     Args:
         graph: its module stays as it is.
-        fp16: compute in float16 behind float32 inputs and outputs; the head never does.
+        fp16: compute in float16 behind float32 inputs and outputs.
 
     Returns:
         A single-file ONNX model, weights included.
     """
-    half = fp16 and graph.name in HALF_PRECISION_GRAPHS
-    module = HalfPrecision(copy.deepcopy(graph.module)) if half else graph.module
+    module = in_half_precision(graph.module) if fp16 else graph.module
     names = list(graph.inputs)
     arguments = tuple(graph.inputs.values())
     axes: Any = tuple(
@@ -47,11 +42,13 @@ def to_onnx(graph: Graph, *, fp16: bool) -> bytes:
             opset_version=OPSET,
             input_names=names,
             output_names=list(graph.outputs),
-            dynamic_shapes=(axes,) if half else axes,
+            dynamic_shapes=(axes,) if isinstance(module, HalfPrecision) else axes,
             verbose=False,
         )
     assert program is not None  # the exporter raises on failure
-    data: bytes = program.model_proto.SerializeToString()
+    model = program.model_proto
+    _strip_notes(model)
+    data: bytes = model.SerializeToString()
     return data
 
 
@@ -76,6 +73,20 @@ def describe(graph: Graph, outputs: dict[str, Tensor]) -> dict[str, Any]:
             for name, tensor in outputs.items()
         },
     }
+
+
+def _strip_notes(model: Any) -> None:
+    """Remove the exporter's stack traces: they name files of the machine that exported."""
+    del model.metadata_props[:]
+    for function in model.functions:
+        del function.metadata_props[:]
+        for node in function.node:
+            del node.metadata_props[:]
+    del model.graph.metadata_props[:]
+    for node in model.graph.node:
+        del node.metadata_props[:]
+    for value in [*model.graph.input, *model.graph.output, *model.graph.value_info]:
+        del value.metadata_props[:]
 
 
 @contextmanager

@@ -7,7 +7,7 @@ the other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from cdt_export.graphs import Graph
 from cdt_runtime.backends import Session
 from cdt_runtime.errors import ParityError
+from cdt_runtime.golden import output_range
 from cdt_runtime.prototypes import class_means, softmax
 from cdt_train.models.transfer_model import TransferModel
 
@@ -31,7 +32,7 @@ class Tolerance:
     """What an export may differ by.
 
     Attributes:
-        relative: largest difference of an output, as a share of its largest value.
+        relative: largest difference of an output, as a share of its range.
         cosine: smallest cosine between an output and its reference.
         probability: largest change of a class probability.
     """
@@ -52,7 +53,7 @@ class GraphParity:
     Attributes:
         graph: its name.
         max_difference: largest absolute difference over all outputs.
-        relative: largest difference as a share of the output's largest value.
+        relative: largest difference as a share of the output's range.
         cosine: smallest cosine over all outputs and inputs.
     """
 
@@ -69,7 +70,9 @@ class DecisionParity:
     Attributes:
         context: "without CT" or "with CT".
         tiles: held-out tiles compared.
-        label_flips: tiles whose class differs.
+        label_flips: tiles whose class differs, ties left out.
+        ties: tiles whose two best classes PyTorch itself holds apart by less than twice the allowed
+            change of probability: rounding decides them either way.
         max_probability_change: largest change of any class's probability.
         accuracy: of the exported chain on these tiles.
     """
@@ -77,6 +80,7 @@ class DecisionParity:
     context: str
     tiles: int
     label_flips: int
+    ties: int
     max_probability_change: float
     accuracy: float
 
@@ -110,7 +114,7 @@ def compare_graph(graph: Graph, session: Session, batches: Sequence[Mapping[str,
         for name, expected in reference.items():
             gap = float(np.abs(found[name] - expected).max())
             difference = max(difference, gap)
-            relative = max(relative, gap / max(float(np.abs(expected).max()), 1e-12))
+            relative = max(relative, gap / output_range(expected))
             cosine = min(cosine, _cosine(found[name], expected))
     return GraphParity(graph.name, difference, relative, cosine)
 
@@ -139,24 +143,30 @@ def compare_graphs(
 
 
 def compare_decisions(
-    model: TransferModel, sessions: Mapping[str, Session], held_out: HeldOut, scale: float
+    model: TransferModel,
+    sessions: Mapping[str, Session],
+    held_out: HeldOut,
+    scale: float,
+    tolerance: Tolerance,
 ) -> list[DecisionParity]:
     """Compare the decisions of the exported chain with PyTorch's, without and with CT."""
+    with torch.no_grad():
+        tokens, present = model.context(held_out.ct)
+    exported = sessions["ct_encoder"].run({"ct": held_out.ct.numpy()})["ct_tokens"]
     rows = []
-    for context, ct in (("without CT", None), ("with CT", held_out.ct)):
-        with torch.no_grad():
-            tokens, present = model.context(ct)
-        expected = _torch_chances(model, held_out, tokens, present, scale)
-        exported_tokens = tokens.numpy()
-        if ct is not None:
-            exported_tokens = sessions["ct_encoder"].run({"ct": ct.numpy()})["ct_tokens"]
-        found = exported_chances(sessions, held_out, exported_tokens, present.numpy(), scale)
+    for context, there in (("without CT", 0.0), ("with CT", 1.0)):
+        expected = _torch_chances(model, held_out, tokens * there, present * there, scale)
+        present_array = np.array([there], dtype=np.float32)
+        found = exported_chances(sessions, held_out, exported * there, present_array, scale)
         best = found.argmax(axis=1)
+        ordered = np.sort(expected, axis=1)
+        tied = ordered[:, -1] - ordered[:, -2] < 2 * tolerance.probability
         rows.append(
             DecisionParity(
                 context,
                 len(best),
-                int((best != expected.argmax(axis=1)).sum()),
+                int(((best != expected.argmax(axis=1)) & ~tied).sum()),
+                int(tied.sum()),
                 float(np.abs(found - expected).max()),
                 float((best == held_out.labels).mean()),
             )
@@ -227,10 +237,10 @@ def as_text(record: Mapping[str, Any]) -> str:
         f"{row['cosine']:>11.7f}"
         for row in record["graphs"]
     ]
-    lines += ["", f"{'held-out tiles':<16} {'flips':>9} {'max change of probability':>27} {'accuracy':>10}"]
+    lines += ["", f"{'held-out tiles':<16} {'flips':>9} {'ties':>5} {'probability':>12} {'accuracy':>9}"]
     lines += [
-        f"{row['context']:<16} {row['label_flips']:>3} of {row['tiles']:<3}"
-        f"{row['max_probability_change']:>26.2e} {row['accuracy']:>11.3f}"
+        f"{row['context']:<16} {row['label_flips']:>3} of {row['tiles']:<3} {row['ties']:>4} "
+        f"{row['max_probability_change']:>12.2e} {row['accuracy']:>9.3f}"
         for row in record["decisions"]
     ]
     return "\n".join(lines)
@@ -240,9 +250,10 @@ def as_text(record: Mapping[str, Any]) -> str:
 def _torch_chances(
     model: TransferModel, held_out: HeldOut, tokens: Tensor, present: Tensor, scale: float
 ) -> NDArray[np.float64]:
-    embed: Callable[[Tensor], Tensor] = lambda tiles: model.bridge(  # noqa: E731
-        model.path_encoder(tiles), tokens, present
-    )
+    def embed(tiles: Tensor) -> Tensor:
+        embedded: Tensor = model.bridge(model.path_encoder(tiles), tokens, present)
+        return embedded
+
     support = embed(held_out.support).numpy()
     means = class_means(support, held_out.support_labels, int(held_out.support_labels.max()) + 1)
     parts = [

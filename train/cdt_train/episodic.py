@@ -35,6 +35,8 @@ class EpisodicPhase:
         val_episodes: fixed episodes over `val`.
         channel_dropout: see `augment_tiles`.
         ct_dropout: share of the episodes without CT.
+        classifier_share: share of the steps that a linear classifier over the training classes
+            leads; episodes alone teach a fresh encoder next to nothing.
         domain_weight: top of the gradient-reversal ramp.
         seed: of every random number.
         device: where the model lives.
@@ -53,6 +55,7 @@ class EpisodicPhase:
         *,
         channel_dropout: float,
         ct_dropout: float,
+        classifier_share: float,
         domain_weight: float,
         seed: int,
         device: torch.device,
@@ -61,7 +64,8 @@ class EpisodicPhase:
         self._model, self._train, self._val, self._ct = model, train, val, ct
         self._sampler, self._val_episodes = sampler, val_episodes
         self._channel_dropout, self._ct_dropout = channel_dropout, ct_dropout
-        self._domain_weight, self._seed, self._device = domain_weight, seed, device
+        self._classifier_share, self._domain_weight = classifier_share, domain_weight
+        self._seed, self._device = seed, device
         self._generator = torch.Generator()
         self._rng = np.random.default_rng(seed)
 
@@ -73,20 +77,25 @@ class EpisodicPhase:
     def step(self, progress: float) -> dict[str, Tensor]:
         """Compute the losses of one episode."""
         episode = self._sampler.sample(self._rng)
-        tiles = self._augmented(np.concatenate([episode.support, episode.query]))
-        tokens = self._model.path_encoder(tiles)
+        chosen = np.concatenate([episode.support, episode.query])
+        tokens = self._model.path_encoder(self._augmented(chosen))
         ct = self._draw_ct()
         ct_tokens, present = self._model.context(ct)
         embedded = self._model.bridge(tokens, ct_tokens, present)
-        loss, accuracy = self._few_shot_loss(embedded, episode)
-        terms = {"loss": loss, "accuracy": accuracy}
+        few_shot, accuracy = self._few_shot_loss(embedded, episode)
+        truth = torch.from_numpy(self._train.labels[chosen]).to(self._device)
+        scores = self._model.classifier(tokens.mean(dim=1))
+        plain = functional.cross_entropy(scores, truth, label_smoothing=0.1)
+        blend = handover(progress, self._classifier_share)
+        loss = blend * few_shot + (1 - blend) * plain
+        terms = {"episode_loss": few_shot, "classifier_loss": plain, "accuracy": accuracy}
         if ct is not None and self._domain_weight > 0:
             strength = ramp(progress, self._domain_weight)
             sides = self._model.bridge.projected(tokens, ct_tokens)
             domain_loss, domain_accuracy = self._model.discriminator(*sides, strength)
             terms |= {"domain_loss": domain_loss, "domain_accuracy": domain_accuracy}
-            terms["loss"] = loss + domain_loss
-        return terms
+            loss = loss + domain_loss
+        return {"loss": loss, **terms}
 
     def validate(self) -> dict[str, float]:
         """Measure accuracy and loss on the validation episodes, without CT."""
@@ -114,6 +123,16 @@ class EpisodicPhase:
         logits, _ = self._model.head(embedded[count:], prototypes, self._model.head.scale)
         accuracy = (logits.argmax(dim=1) == truth).float().mean()
         return functional.cross_entropy(logits, truth), accuracy
+
+
+def handover(progress: float, share: float, width: float = 0.1) -> float:
+    """Weight of the episodes' loss: 0 before `share` of the steps, 1 after, a short ramp between.
+
+    With a share of 0 it is 1 from the first step.
+    """
+    if share <= 0:
+        return 1.0
+    return min(1.0, max(0.0, (progress - share) / width + 0.5))
 
 
 @torch.no_grad()

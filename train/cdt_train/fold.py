@@ -36,8 +36,8 @@ EVAL_CONTEXTS = 4
 """Volumes that evaluation with CT draws from: each costs one pass over the test tiles."""
 
 _PANELS = {
-    "loss": "loss",
-    "val_loss": "loss",
+    "episode_loss": "loss of episodes",
+    "val_loss": "loss of episodes",
     "accuracy": "accuracy of episodes",
     "val_accuracy": "accuracy of episodes",
     "domain_accuracy": "accuracy of the domain discriminator",
@@ -142,7 +142,7 @@ def train_fold(
         fold.folder / "curves.png", f"Fold {fold.number}: episodic training", history, _PANELS
     )
     best = load_checkpoint(best_path, ("model_state_dict", "best_metric", "epoch"))
-    model = model_of(recipe, len(preprocess.channels))
+    model = _new_model(fold, recipe)
     load_weights(model, best["model_state_dict"], best_path)
     model.to(device)
     calibration = _calibrate(model, fold.val, episodes, recipe, device)
@@ -159,10 +159,11 @@ def train_fold(
     return result
 
 
-def model_of(recipe: Recipe, channels: int) -> TransferModel:
-    """Build the model of a recipe for tiles of so many channels, with seeded weights."""
+def model_of(recipe: Recipe, channels: int, n_classes: int) -> TransferModel:
+    """Build the model of a recipe for so many channels and classes, with seeded weights."""
     return build_model(
         channels=channels,
+        n_classes=n_classes,
         image_size=recipe.data.image_size,
         windows=len(recipe.data.hu_windows),
         feature_dim=recipe.model.feature_dim,
@@ -183,7 +184,7 @@ def evaluate_fold(
     episodes = draw_episodes(sampler, training.test_episodes, seed)
     scale = float(model.head.scale.item())
     alone = embed_tiles(model, fold.test.tiles, None, device)
-    untrained = model_of(recipe, fold.train.tiles.shape[1])
+    untrained = _new_model(fold, recipe)
     untrained.path_encoder.standardise_by(fold.train.tiles)
     rows: dict[str, EpisodeScores] = {
         "with_ct": _score_with_ct(model, fold, episodes, scale, seed, device),
@@ -207,7 +208,7 @@ def _phase(
 ) -> tuple[EpisodicPhase, list[Episode]]:
     """Set up phase 2 from the pretrained CT encoder; also its validation episodes."""
     training = recipe.training
-    model = model_of(recipe, fold.train.tiles.shape[1])
+    model = _new_model(fold, recipe)
     load_weights(model.ct_encoder, ct_encoder, fold.folder / "ct_encoder_pretrained.pt")
     model.path_encoder.standardise_by(fold.train.tiles)
     model.path_encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -224,10 +225,15 @@ def _phase(
         channel_dropout=recipe.data.channel_dropout,
         ct_dropout=training.ct_dropout,
         domain_weight=training.domain_weight,
+        classifier_share=training.classifier_share,
         seed=training.seed * 100 + fold.number,
         device=device,
     )
     return phase, episodes
+
+
+def _new_model(fold: Fold, recipe: Recipe) -> TransferModel:
+    return model_of(recipe, fold.train.tiles.shape[1], len(fold.train.classes))
 
 
 def _sampler(tiles: TileArrays, recipe: Recipe, n_query: int) -> EpisodeSampler:

@@ -20,6 +20,9 @@ from cdt_runtime.errors import CheckpointError, TrainingError
 from cdt_train.checkpoint import load_checkpoint, load_weights, save_checkpoint, sweep_partial
 from cdt_train.progress import bar, say
 
+MAX_GRADIENT = 1.0
+"""Largest norm of the gradient of each part of a model."""
+
 STATE = ("epoch", "model_state_dict", "optimizer_state_dict", "scheduler_state_dict", "config")
 
 
@@ -151,7 +154,7 @@ def _train_epoch(
 ) -> dict[str, float]:
     phase.start_epoch(epoch)
     phase.model.train()
-    sums: dict[str, float] = {}
+    found: dict[str, list[float]] = {}
     title = f"{phase.name} {epoch + 1}/{schedule.epochs}"
     for step in bar(range(schedule.steps), title):
         done = (epoch * schedule.steps + step) / (schedule.epochs * schedule.steps)
@@ -164,12 +167,13 @@ def _train_epoch(
             )
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(phase.model.parameters(), 5.0)
+        for part in phase.model.children():  # each on its own, or the steepest would stop the rest
+            nn.utils.clip_grad_norm_(list(part.parameters()), MAX_GRADIENT)
         optimizer.step()
         scheduler.step()
         for name, value in terms.items():
-            sums[name] = sums.get(name, 0.0) + value.item()
-    return {name: value / schedule.steps for name, value in sums.items()}
+            found.setdefault(name, []).append(value.item())
+    return {name: sum(values) / len(values) for name, values in found.items()}
 
 
 def _restore(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from cdt_train.models.layers import softmax, unit_length
+from cdt_train.models.layers import Centre, softmax, unit_length
 
 
 class Bridge(nn.Module):
@@ -29,7 +29,7 @@ class Bridge(nn.Module):
         self.output = nn.Linear(feature_dim, feature_dim)
         self.null_key = nn.Parameter(torch.zeros(1, 1, feature_dim))
         self.gate = nn.Parameter(torch.zeros(1))
-        self.standardise = nn.BatchNorm1d(feature_dim, affine=False)
+        self.centre = Centre(feature_dim)
 
     def forward(self, tile_tokens: Tensor, ct_tokens: Tensor, ct_present: Tensor) -> Tensor:
         """Embed tiles in the context of one CT.
@@ -45,7 +45,7 @@ class Bridge(nn.Module):
         pooled = tile_tokens.float().mean(dim=1)
         looked = self.output(self.attend(tile_tokens, ct_tokens).mean(dim=1)).float()
         gate = torch.tanh(self.gate.float()) * ct_present.float()
-        return unit_length(self.standardise(pooled + gate * looked))
+        return unit_length(self.centre(pooled + gate * looked))
 
     def attend(self, tile_tokens: Tensor, ct_tokens: Tensor) -> Tensor:
         """Let each tile token gather from the CT.

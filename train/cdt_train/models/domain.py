@@ -48,7 +48,13 @@ class DomainDiscriminator(nn.Module):
 
     def __init__(self, feature_dim: int, hidden: int = 128) -> None:
         super().__init__()
-        self.layers = nn.Sequential(nn.Linear(feature_dim, hidden), nn.ReLU(), nn.Linear(hidden, 1))
+        self.layers = nn.Sequential(
+            # Of bounded size, or the two sides could win by growing without end.
+            nn.LayerNorm(feature_dim, elementwise_affine=False),
+            nn.Linear(feature_dim, hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, 1),
+        )
 
     def forward(self, tiles: Tensor, ct: Tensor, strength: float) -> tuple[Tensor, Tensor]:
         """Score both domains behind the gradient reversal.

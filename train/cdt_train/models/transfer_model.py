@@ -15,7 +15,17 @@ from cdt_train.models.prototypical import PrototypicalHead
 
 
 class TransferModel(nn.Module):
-    """CT encoder, tile encoder, bridge, prototypical head, and the domain discriminator."""
+    """The parts that are exported, and two that serve training alone.
+
+    Args:
+        ct_encoder: CT to tokens.
+        path_encoder: tile to tokens.
+        bridge: both to an embedding.
+        head: embedding and prototypes to logits.
+        discriminator: for domain alignment.
+        classifier: a linear layer over the training classes; its loss teaches the tile encoder
+            much faster than episodes alone.
+    """
 
     def __init__(
         self,
@@ -24,6 +34,7 @@ class TransferModel(nn.Module):
         bridge: Bridge,
         head: PrototypicalHead,
         discriminator: DomainDiscriminator,
+        classifier: nn.Linear,
     ) -> None:
         super().__init__()
         self.ct_encoder = ct_encoder
@@ -31,6 +42,7 @@ class TransferModel(nn.Module):
         self.bridge = bridge
         self.head = head
         self.discriminator = discriminator
+        self.classifier = classifier
 
     def context(self, ct: Tensor | None) -> tuple[Tensor, Tensor]:
         """Encode a CT, or stand in for none.
@@ -57,6 +69,7 @@ class TransferModel(nn.Module):
 def build_model(
     *,
     channels: int,
+    n_classes: int,
     image_size: int,
     windows: int,
     feature_dim: int,
@@ -74,4 +87,5 @@ def build_model(
             Bridge(feature_dim, num_heads),
             PrototypicalHead(),
             DomainDiscriminator(feature_dim),
+            nn.Linear(feature_dim, n_classes),
         )

@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from cdt_train.models.bridge import Bridge
+from cdt_train.models.domain import DomainDiscriminator, ramp, reverse_gradient
+from cdt_train.models.prototypical import PrototypicalHead, class_means
+from cdt_train.models.transfer_model import TransferModel, build_model
+
+
+def model(seed: int = 0) -> TransferModel:
+    return build_model(
+        channels=3,
+        n_classes=2,
+        image_size=64,
+        windows=1,
+        feature_dim=32,
+        num_heads=4,
+        path_widths=(8, 8, 16, 16),
+        ct_widths=(8, 8, 16, 16),
+        seed=seed,
+    ).eval()
+
+
+def tiles(count: int = 3) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (count, 3, 64, 64), generator=generator).to(torch.uint8)
+
+
+CT = torch.rand(1, 1, 8, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+def test_tokens_and_embeddings_have_the_promised_shapes() -> None:
+    whole = model()
+    assert whole.path_encoder(tiles()).shape == (3, 4, 32)
+    assert whole.ct_encoder(CT).shape == (1, 1, 32)
+    embedded = whole.embed(tiles(), CT)
+    assert embedded.shape == (3, 32)
+    assert torch.allclose(embedded.norm(dim=1), torch.ones(3), atol=1e-5)
+
+
+def test_a_closed_gate_gives_exactly_the_tile_alone() -> None:
+    whole = model()
+    assert whole.bridge.gate.item() == 0  # as it starts
+    assert torch.equal(whole.embed(tiles(), CT), whole.embed(tiles(), None))
+
+
+def test_without_ct_an_open_gate_changes_no_bit() -> None:
+    whole = model()
+    alone = whole.embed(tiles(), None)
+    with torch.no_grad():
+        whole.bridge.gate.fill_(3.0)
+    assert torch.equal(whole.embed(tiles(), None), alone)
+    assert not torch.allclose(whole.embed(tiles(), CT), alone)
+
+
+def test_an_open_gate_looks_at_this_ct() -> None:
+    whole = model()
+    with torch.no_grad():
+        whole.bridge.gate.fill_(1.0)
+    assert not torch.allclose(whole.embed(tiles(), CT), whole.embed(tiles(), -CT))
+
+
+def test_the_gate_and_the_ct_encoder_learn() -> None:
+    whole = model().train()
+    with torch.no_grad():
+        whole.bridge.gate.fill_(0.1)
+    whole.embed(tiles(), CT)[:, 0].sum().backward()
+    assert whole.bridge.gate.grad is not None
+    assert whole.bridge.gate.grad.abs() > 0
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in whole.ct_encoder.parameters())
+
+
+def test_a_tile_can_look_away_from_the_ct() -> None:
+    bridge = Bridge(32, 4).eval()
+    with torch.no_grad():
+        bridge.query.weight.fill_(0.0)
+        bridge.query.bias.fill_(1.0)
+        bridge.null_key.fill_(1000.0)
+    looked = bridge.attend(torch.randn(2, 4, 32), torch.randn(1, 6, 32))
+    assert torch.equal(looked, torch.zeros(2, 4, 32))
+
+
+def test_alignment_does_not_reach_the_tile_encoder() -> None:
+    whole = model().train()
+    tokens = whole.path_encoder(tiles())
+    loss, accuracy = whole.discriminator(
+        *whole.bridge.projected(tokens, whole.ct_encoder(CT)), strength=0.3
+    )
+    loss.backward()
+    assert 0 <= accuracy <= 1
+    assert all(p.grad is None for p in whole.path_encoder.parameters())
+    assert whole.bridge.query.weight.grad is not None
+    assert any(p.grad is not None for p in whole.ct_encoder.parameters())
+
+
+def test_reversed_gradients_are_negative_and_scaled() -> None:
+    features = torch.ones(3, requires_grad=True)
+    (reverse_gradient(features, 0.5) * torch.tensor([1.0, 2.0, 3.0])).sum().backward()
+    assert features.grad is not None
+    assert features.grad.tolist() == [-0.5, -1.0, -1.5]
+
+
+def test_the_ramp_starts_at_zero_and_ends_near_its_top() -> None:
+    assert ramp(0.0, 0.3) == 0
+    assert ramp(1.0, 0.3) == pytest.approx(0.3, rel=1e-3)
+    assert DomainDiscriminator(8)(torch.ones(5, 8), torch.ones(1, 8), 0.0)[1] == 0.5
+
+
+def test_the_head_gives_distances_and_scaled_negative_squares() -> None:
+    embedding = torch.tensor([[1.0, 0.0]])
+    prototypes = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
+    logits, distances = PrototypicalHead()(embedding, prototypes, torch.tensor([3.0]))
+    assert torch.allclose(distances, torch.tensor([[0.0, 2**0.5, 2.0]]))
+    assert torch.allclose(logits, torch.tensor([[0.0, -6.0, -12.0]]))
+
+
+def test_class_means_match_the_runtime() -> None:
+    from cdt_runtime.prototypes import class_means as in_numpy
+
+    embeddings = torch.nn.functional.normalize(torch.randn(6, 8), dim=1)
+    labels = torch.tensor([0, 1, 0, 1, 1, 0])
+    ours, theirs = (
+        class_means(embeddings, labels, 2),
+        in_numpy(embeddings.numpy(), labels.numpy(), 2),
+    )
+    assert torch.allclose(ours, torch.from_numpy(theirs), atol=1e-6)
+
+
+def test_weights_hang_on_the_seed_alone() -> None:
+    torch.manual_seed(5)
+    first = model(1).state_dict()
+    second = model(1).state_dict()
+    other = model(2).state_dict()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert not torch.equal(first["head.log_scale"].new_tensor(0), first["bridge.query.weight"][0, 0])
+    assert not torch.equal(first["bridge.query.weight"], other["bridge.query.weight"])
+
+
+def test_tiles_are_standardised_by_their_training_statistics() -> None:
+    whole = model()
+    whole.path_encoder.standardise_by(tiles(8))
+    unit = tiles(8).float() / 255
+    standard = (unit - whole.path_encoder.mean) / whole.path_encoder.std
+    assert standard.mean(dim=(0, 2, 3)).abs().max() < 1e-4
+    assert (standard.std(dim=(0, 2, 3)) - 1).abs().max() < 1e-3
