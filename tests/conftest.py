@@ -13,7 +13,7 @@ SHARED = Path(os.environ.get("CDT_SHARED_DATA", Path(__file__).parents[2] / "sha
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:
-    """The folder of real files; tests that need it are skipped, with a reason, where it is missing."""
+    """The folder of real files; tests that need it are skipped where it is missing."""
     if not SHARED.is_dir():
         pytest.skip(f"real data not found at {SHARED} (set CDT_SHARED_DATA)")
     return SHARED
@@ -34,7 +34,7 @@ def chest_series(real_data: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 @pytest.fixture(scope="session")
 def tilted_series(real_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A head phantom scanned with a tilted gantry, its localizer and a summary page in one folder."""
+    """A head phantom scanned with a tilted gantry; its localizer and a summary page lie by."""
     archive = real_data / "dicom_odd" / "philips_phantom_tilt_mixed.tar.xz"
     return _unpacked(archive, tmp_path_factory.mktemp("tilt")) / "phantom_tilt_mixed"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from cdt_runtime import __version__
 from cdt_runtime.backends import Session, open_session
 from cdt_runtime.bundle import Bundle, encoder_identity, write_bundle
 from cdt_runtime.ct import read_series
-from cdt_runtime.errors import CheckpointError, DatasetError
+from cdt_runtime.errors import DatasetError
 from cdt_runtime.golden import GOLDEN, golden_inputs, golden_outputs, self_test
 from cdt_runtime.preprocess import Preprocess
 from cdt_runtime.prototypes import Prototypes
@@ -31,7 +31,7 @@ from cdt_train.data import DATASETS
 from cdt_train.data.arrays import TileArrays, load_tiles
 from cdt_train.fold import model_of
 from cdt_train.models.transfer_model import TransferModel
-from cdt_train.progress import bar, say
+from cdt_train.progress import bar
 
 NEEDED = (
     "epoch",
@@ -246,7 +246,7 @@ def _facts(
         graph_facts[graph.name] = describe(graph, tensors)
     info = trained.info
     return {
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "producer": f"cdt-edge {__version__}",
         "notice": "research use only, not a medical device",
         "precision": precision,

@@ -115,7 +115,9 @@ def build_graphs(model: TransferModel, preprocess: Preprocess, *, n_classes: int
     head = {"prototypes": prototypes, "scale": scale}
     return [
         Graph("ct_encoder", model.ct_encoder, {"ct": ct}, ("ct_tokens",), {}),
-        Graph("path_encoder", model.path_encoder, {"tile": tile}, ("tile_tokens",), {"tile": batch}),
+        Graph(
+            "path_encoder", model.path_encoder, {"tile": tile}, ("tile_tokens",), {"tile": batch}
+        ),
         Graph(
             "bridge",
             model.bridge,

@@ -104,7 +104,9 @@ class HeldOut:
     ct: Tensor
 
 
-def compare_graph(graph: Graph, session: Session, batches: Sequence[Mapping[str, Tensor]]) -> GraphParity:
+def compare_graph(
+    graph: Graph, session: Session, batches: Sequence[Mapping[str, Tensor]]
+) -> GraphParity:
     """Compare one graph with its module on given inputs."""
     difference = relative = 0.0
     cosine = 1.0
@@ -135,7 +137,9 @@ def compare_graphs(
     for graph in graphs:
         batches: list[Mapping[str, Tensor]] = [graph.inputs]
         if "tile" in graph.inputs:
-            batches = [{**graph.inputs, "tile": part} for part in held_out.tiles.split(BATCH)]
+            batches = [
+                {**graph.inputs, "tile": part} for part in torch.split(held_out.tiles, BATCH)
+            ]
         if "ct" in graph.inputs:
             batches = [{"ct": held_out.ct}]
         rows.append(compare_graph(graph, sessions[graph.name], batches))
@@ -189,7 +193,7 @@ def exported_chances(
     head = {"prototypes": means, "scale": np.array([scale], dtype=np.float32)}
     parts = [
         sessions["tile_classifier"].run({"tile": part.numpy(), **context, **head})["logits"]
-        for part in held_out.tiles.split(BATCH)
+        for part in torch.split(held_out.tiles, BATCH)
     ]
     return softmax(np.concatenate(parts))
 
@@ -237,7 +241,10 @@ def as_text(record: Mapping[str, Any]) -> str:
         f"{row['cosine']:>11.7f}"
         for row in record["graphs"]
     ]
-    lines += ["", f"{'held-out tiles':<16} {'flips':>9} {'ties':>5} {'probability':>12} {'accuracy':>9}"]
+    lines += [
+        "",
+        f"{'held-out tiles':<16} {'flips':>9} {'ties':>5} {'probability':>12} {'accuracy':>9}",
+    ]
     lines += [
         f"{row['context']:<16} {row['label_flips']:>3} of {row['tiles']:<3} {row['ties']:>4} "
         f"{row['max_probability_change']:>12.2e} {row['accuracy']:>9.3f}"
@@ -258,7 +265,7 @@ def _torch_chances(
     means = class_means(support, held_out.support_labels, int(held_out.support_labels.max()) + 1)
     parts = [
         model.head(embed(part), torch.from_numpy(means), torch.tensor([scale]))[0].numpy()
-        for part in held_out.tiles.split(BATCH)
+        for part in torch.split(held_out.tiles, BATCH)
     ]
     return softmax(np.concatenate(parts))
 

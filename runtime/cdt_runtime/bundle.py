@@ -129,7 +129,8 @@ def write_bundle(path: Path, files: Mapping[str, bytes], facts: Mapping[str, Any
     if path.exists() and not (path / MANIFEST).is_file():
         raise BundleError(f"{path}: exists and is not a bundle: give another --output")
     listing = {name: {"bytes": len(data), "sha256": sha256(data)} for name, data in files.items()}
-    manifest = {"schema": SCHEMA, "name": path.name, **facts, "files": listing}
+    kept = {key: value for key, value in facts.items() if key != _SELF_HASH}
+    manifest = {**kept, "schema": SCHEMA, "name": path.name, "files": listing}
     manifest[_SELF_HASH] = sha256(_dump(manifest))
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))

@@ -129,8 +129,10 @@ class Preprocess:
         planes = unit_range(squared, bits, name=name).transpose(2, 0, 1)
         planes = area_resize(planes, (planes.shape[0], size, size))
         if self.tile_dtype == "uint8":
-            return np.rint(np.clip(planes, 0.0, 1.0) * 255.0).astype(np.uint8)
-        return np.clip(planes, 0.0, 1.0)
+            bytes_: NDArray[np.uint8] = np.rint(np.clip(planes, 0, 1) * 255).astype(np.uint8)
+            return bytes_
+        fractions: Float = np.clip(planes, 0.0, 1.0)
+        return fractions
 
     def is_blank(self, tile_input: NDArray[Any]) -> bool:
         """Tell whether a tile input `(M, S, S)` shows no tissue: every channel is almost flat."""

@@ -54,7 +54,10 @@ class Prototypes:
         """Return the two files that a bundle keeps."""
         from safetensors.numpy import save
 
-        tensors = {"labels": self.labels, "tokens": np.ascontiguousarray(self.tokens)}
+        tensors: dict[str, NDArray[Any]] = {
+            "labels": self.labels,
+            "tokens": np.ascontiguousarray(self.tokens),
+        }
         facts = {
             "classes": self.classes,
             "support_sha256": self.support_sha256,

@@ -8,6 +8,8 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from onnx import numpy_helper
+
 from cdt_export.build import Trained, export_bundle, load_trained, prove, read_tiles
 from cdt_export.graphs import Graph, build_graphs
 from cdt_export.onnx import to_onnx
@@ -15,7 +17,6 @@ from cdt_runtime.backends import open_session
 from cdt_runtime.bundle import Bundle
 from cdt_runtime.errors import CheckpointError, DatasetError, ParityError
 from cdt_runtime.golden import self_test
-from onnx import numpy_helper
 
 GRAPHS = ("ct_encoder", "path_encoder", "bridge", "head", "tile_classifier")
 
@@ -131,7 +132,9 @@ def test_an_export_with_one_weight_changed_is_refused(
         return
     altered = change_one_weight(models[broken], LAST_BIAS[broken])
     sessions[broken] = open_session("onnxruntime", altered)
-    with pytest.raises(ParityError, match=rf"{broken}: differs from PyTorch by .* no bundle was wr"):
+    with pytest.raises(
+        ParityError, match=rf"{broken}: differs from PyTorch by .* no bundle was wr"
+    ):
         prove(trained, graphs, sessions, held_out, precision)
 
 
@@ -151,9 +154,7 @@ def test_nothing_is_written_when_parity_fails(
 def test_half_precision_is_half_the_size_and_answers_rightly_on_a_cpu(
     bundle_dir: Path, fp16_dir: Path
 ) -> None:
-    half, full = (
-        (path / "tile_classifier.onnx").stat().st_size for path in (fp16_dir, bundle_dir)
-    )
+    half, full = ((path / "tile_classifier.onnx").stat().st_size for path in (fp16_dir, bundle_dir))
     assert half < 0.7 * full
     gaps = self_test(Bundle.open(fp16_dir), "onnxruntime", tolerance=2e-2)
     assert max(gaps.values()) > 0  # it did compute in half precision
@@ -171,9 +172,7 @@ def test_no_pixel_of_the_training_data_is_in_a_bundle(bundle_dir: Path, trained:
     assert str(bundle_dir.parent.parent) not in text
 
 
-def test_support_tiles_come_from_outside_the_test_fold(
-    bundle_dir: Path, trained: Trained
-) -> None:
+def test_support_tiles_come_from_outside_the_test_fold(bundle_dir: Path, trained: Trained) -> None:
     support, held_out = read_tiles(trained, None)
     assert set(support.names) & set(trained.info["split"]["test"]) == set()
     assert np.bincount(support.labels).tolist() == [2, 2]
@@ -188,7 +187,7 @@ def test_data_that_has_moved_is_found_by_option_or_said(
     shutil.copytree(phantom_dir, tmp_path / "moved")
     support, _ = read_tiles(trained, tmp_path / "moved")
     assert len(support.labels) == 4
-    with pytest.raises(DatasetError, match="training data not found at .*: give --data-dir"):
+    with pytest.raises(DatasetError, match=r"training data not found at .*: give --data-dir"):
         read_tiles(trained, tmp_path / "gone")
     name = trained.info["split"]["test"][0]
     (tmp_path / "moved" / name).unlink()

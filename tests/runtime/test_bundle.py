@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
+
 from cdt_runtime.bundle import MANIFEST, Bundle, newest_bundle, write_bundle
 from cdt_runtime.errors import BundleError
 
@@ -125,7 +126,7 @@ def test_an_unlisted_name_is_not_read(path: Path) -> None:
 
 
 def test_the_newest_bundle_is_found(tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match="no bundle in .*: make one with cdt-train and cdt-expo"):
+    with pytest.raises(BundleError, match=r"no bundle in .*: make one with cdt-train and cdt-expo"):
         newest_bundle(tmp_path)
     for age, name in ((20, "old"), (10, "new"), (30, "oldest")):
         made = write_bundle(tmp_path / name, FILES, {}).path / MANIFEST

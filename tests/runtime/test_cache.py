@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from cdt_runtime.cache import TokenCache, cache_dir
 
 TOKENS = np.ones((1, 4, 8), dtype=np.float32)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from cdt_runtime.ct import Volume
 from cdt_runtime.errors import BundleError, TileError
 from cdt_runtime.preprocess import Preprocess, area_resize, resize_matrix, unit_range

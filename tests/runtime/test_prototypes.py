@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+
 from cdt_runtime.errors import PrototypeError
 from cdt_runtime.prototypes import (
     FACTS,

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from cdt_runtime.errors import CheckpointError, TrainingError
 from cdt_train.checkpoint import (
     load_checkpoint,

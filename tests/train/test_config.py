@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from cdt_runtime.errors import RecipeError
 from cdt_train.config import Recipe, known_keys, load_recipe, recipe_from
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from cdt_runtime.errors import DatasetError
 from cdt_train.episodes import EpisodeSampler, group_folds, hold_out_groups
 
@@ -47,12 +48,16 @@ def test_every_class_takes_part_over_many_episodes() -> None:
 
 
 def test_too_few_tiles_are_said() -> None:
-    with pytest.raises(DatasetError, match=r"class 'a' has 40 tiles in a split; an episode takes k"):
+    with pytest.raises(
+        DatasetError, match=r"class 'a' has 40 tiles in a split; an episode takes k"
+    ):
         sampler(k_shot=40)
 
 
 def test_too_few_classes_are_said() -> None:
-    with pytest.raises(DatasetError, match=r"training\.n_way: 4 classes asked for, the split holds 3"):
+    with pytest.raises(
+        DatasetError, match=r"training\.n_way: 4 classes asked for, the split holds 3"
+    ):
         sampler(n_way=4)
 
 

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor, nn
+
 from cdt_runtime.errors import CheckpointError, TrainingError
 from cdt_train.loop import Run, Schedule, newest_checkpoint, train_phase
-from torch import Tensor, nn
 
 SCHEDULE = Schedule(epochs=4, steps=5, learning_rate=1e-2, weight_decay=0.1, warmup=0.1)
 CONFIG = {"training": {"seed": 0}}

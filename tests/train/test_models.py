@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from cdt_train.models.bridge import Bridge
 from cdt_train.models.domain import DomainDiscriminator, ramp, reverse_gradient
 from cdt_train.models.prototypical import PrototypicalHead, class_means
@@ -133,7 +134,9 @@ def test_weights_hang_on_the_seed_alone() -> None:
     second = model(1).state_dict()
     other = model(2).state_dict()
     assert all(torch.equal(first[key], second[key]) for key in first)
-    assert not torch.equal(first["head.log_scale"].new_tensor(0), first["bridge.query.weight"][0, 0])
+    assert not torch.equal(
+        first["head.log_scale"].new_tensor(0), first["bridge.query.weight"][0, 0]
+    )
     assert not torch.equal(first["bridge.query.weight"], other["bridge.query.weight"])
 
 

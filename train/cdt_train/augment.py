@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Generator, Tensor
 from torch.nn import functional
@@ -22,14 +20,9 @@ def augment_tiles(tiles: Tensor, channel_dropout: float, generator: Generator) -
     """
     unit = tiles.float() / 255.0 if tiles.dtype == torch.uint8 else tiles.float()
     count, channels = unit.shape[:2]
-    moved = functional.grid_sample(
-        unit,
-        functional.affine_grid(_turns(count, generator), list(unit.shape), align_corners=False),
-        padding_mode="reflection",
-        align_corners=False,
-    )
+    moved = _turned(_zoomed(unit, generator), generator)
     gain = torch.exp(0.2 * torch.randn(count, channels, 1, 1, generator=generator))
-    offset = 0.03 * torch.randn(count, channels, 1, 1, generator=generator)
+    offset = 0.01 * torch.randn(count, channels, 1, 1, generator=generator)
     stained = (moved * gain + offset).clamp(0.0, 1.0)
     if channel_dropout > 0:
         stained = stained * _one_missing(count, channels, channel_dropout, generator)
@@ -70,16 +63,27 @@ def paired_views(volumes: Tensor, generator: Generator) -> Tensor:
     return (moved * gain + offset + noise).clamp(-1.0, 1.0)
 
 
-def _turns(count: int, generator: Generator) -> Tensor:
-    """Affine maps `(count, 2, 3)`: quarter turns, mirrors, zoom .7 to 1.1, small shifts."""
-    angle = torch.randint(0, 4, (count,), generator=generator) * (math.pi / 2)
-    zoom = 0.7 + 0.4 * torch.rand(count, generator=generator)
-    mirror = torch.where(torch.rand(count, generator=generator) < 0.5, -1.0, 1.0)
-    cosine, sine = torch.cos(angle) * zoom, torch.sin(angle) * zoom
-    room = (1 - zoom).clamp_min(0)
-    shift = room[:, None] * (2 * torch.rand(count, 2, generator=generator) - 1)
-    theta = torch.stack([cosine * mirror, -sine, sine * mirror, cosine], dim=1).reshape(-1, 2, 2)
-    return torch.cat([theta, shift[:, :, None]], dim=2)
+def _zoomed(tiles: Tensor, generator: Generator) -> Tensor:
+    """Blow a random square of 85 to 100 % of the side up to the whole tile.
+
+    One square for the batch: resampling each on its own would cost as much as the encoder.
+    """
+    size = tiles.shape[-1]
+    side = int(size * (0.85 + 0.15 * torch.rand(1, generator=generator).item()))
+    top, left = torch.randint(0, size - side + 1, (2,), generator=generator).tolist()
+    square = tiles[:, :, top : top + side, left : left + side]
+    return functional.interpolate(square, size=(size, size), mode="bilinear", align_corners=False)
+
+
+def _turned(tiles: Tensor, generator: Generator) -> Tensor:
+    """Give each tile one of the eight orientations of a square."""
+    turns = torch.randint(0, 4, (len(tiles),), generator=generator).tolist()
+    mirrors = torch.randint(0, 2, (len(tiles),), generator=generator).tolist()
+    placed = [
+        torch.rot90(tile.flip(-1) if mirror else tile, turn, (-2, -1))
+        for tile, turn, mirror in zip(tiles, turns, mirrors, strict=True)
+    ]
+    return torch.stack(placed)
 
 
 def _one_missing(count: int, channels: int, chance: float, generator: Generator) -> Tensor:

@@ -55,17 +55,17 @@ class TrainingRecipe(_Section):
     num_folds: int = Field(3, ge=2, description="folds by patient, or by group")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     # Phase 1: self-supervised pretraining on CT.
-    ssl_epochs: int = Field(8, ge=0)
+    ssl_epochs: int = Field(6, ge=0)
     ssl_steps: int = Field(8, ge=1, description="batches an epoch")
     ssl_batch_size: int = Field(16, ge=2, description="sub-volumes a batch, two views of each")
     ssl_learning_rate: float = Field(1e-3, gt=0)
     ssl_temperature: float = Field(0.2, gt=0)
     # Phase 2: episodic training of the whole model.
-    num_epochs: int = Field(8, ge=1)
+    num_epochs: int = Field(6, ge=1)
     episodes_per_epoch: int = Field(20, ge=1)
     k_shot: int = Field(5, ge=1)
     n_way: int | None = Field(None, ge=2, description="null: all classes")
-    n_query: int = Field(10, ge=1, description="query tiles a class in a training episode")
+    n_query: int = Field(8, ge=1, description="query tiles a class in a training episode")
     learning_rate: float = Field(2e-3, gt=0)
     weight_decay: float = Field(5e-3, ge=0)
     warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps")

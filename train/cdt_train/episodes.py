@@ -99,7 +99,8 @@ class EpisodeSampler:
             if n_groups < 2:
                 raise DatasetError(
                     f"class {self._names[label]!r} comes from {n_groups} patient or group in a "
-                    f"split; support and query must not share one: add patients or lower --num-folds"
+                    f"split; support and query must not share one: add patients, or lower "
+                    f"--num-folds"
                 )
 
     def _part_groups(self, classes: Ints, rng: np.random.Generator) -> tuple[Ints, Ints] | None:
@@ -109,10 +110,10 @@ class EpisodeSampler:
         counts = np.array(
             [[np.sum((self.groups == g) & (self.labels == c)) for c in classes] for g in order]
         )
-        enough = (counts.cumsum(axis=0) >= self.k_shot).all(axis=1)
-        left = (counts[::-1].cumsum(axis=0)[::-1] >= 1).all(axis=1)
-        cuts = [cut for cut in range(1, len(order)) if enough[cut - 1] and left[cut]]
-        if not cuts:
+        enough = np.all(counts.cumsum(axis=0) >= self.k_shot, axis=1)
+        left = np.all(counts[::-1].cumsum(axis=0)[::-1] >= 1, axis=1)
+        cuts = np.flatnonzero(enough[:-1] & left[1:]) + 1
+        if len(cuts) == 0:
             return None
         cut = int(rng.choice(cuts))
         return order[:cut], order[cut:]

@@ -158,7 +158,7 @@ def embed_tiles(
             ct_tokens,
             present,
         )
-        for batch in tiles.split(BATCH)
+        for batch in torch.split(tiles, BATCH)
     ]
     result: Floats = torch.cat(parts).cpu().numpy()
     return result

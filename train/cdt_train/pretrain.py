@@ -49,10 +49,11 @@ def pretrain(
         state: dict[str, Tensor] = found["model_state_dict"]
         return state
     training = recipe.training
-    encoder = CtEncoder(
-        len(recipe.data.hu_windows), recipe.model.ct_widths, recipe.model.feature_dim
-    )
-    _seed_weights(encoder, training.seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(training.seed)
+        encoder = CtEncoder(
+            len(recipe.data.hu_windows), recipe.model.ct_widths, recipe.model.feature_dim
+        )
     history: list[dict[str, float]] = []
     if training.ssl_epochs > 0 and len(ct) >= 2:
         say(f"phase 1: contrastive pretraining on {len(ct)} CT series")
@@ -86,11 +87,3 @@ def pretrain(
     }
     save_checkpoint(path, content)
     return state
-
-
-def _seed_weights(encoder: CtEncoder, seed: int) -> None:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        for module in encoder.modules():
-            if hasattr(module, "reset_parameters"):
-                module.reset_parameters()

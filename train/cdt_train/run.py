@@ -27,7 +27,7 @@ from cdt_train.checkpoint import load_checkpoint
 from cdt_train.config import Recipe
 from cdt_train.data import DATASETS, TileDataset
 from cdt_train.data.arrays import CtArrays, TileArrays, choose_preprocess, load_ct, load_tiles
-from cdt_train.data.phantom import write_phantom
+from cdt_train.data.phantom import phantom_seed, write_phantom
 from cdt_train.episodes import group_folds
 from cdt_train.fold import Fold, train_fold
 from cdt_train.loop import require_same_recipe
@@ -113,10 +113,10 @@ def load_data(recipe: Recipe, data_dir: Path | None, output_dir: Path) -> Loaded
             f"in {where}: it shows that the pipeline works and says nothing about patients"
         )
         write_phantom(where, seed=recipe.training.seed)
-    return read_data(recipe, where, phantom=data_dir is None)
+    return read_data(recipe, where)
 
 
-def read_data(recipe: Recipe, data_dir: Path, *, phantom: bool) -> LoadedData:
+def read_data(recipe: Recipe, data_dir: Path) -> LoadedData:
     """Read a data folder in the recipe's layout.
 
     Raises:
@@ -136,7 +136,7 @@ def read_data(recipe: Recipe, data_dir: Path, *, phantom: bool) -> LoadedData:
     preprocess = choose_preprocess(dataset, recipe.data)
     tiles = load_tiles(dataset.tiles, dataset.classes, preprocess, data_dir, bar)
     ct = load_ct(dataset, preprocess, bar)
-    info = _describe(dataset, data_dir, phantom, recipe)
+    info = _describe(dataset, data_dir, recipe)
     return LoadedData(
         tiles, ct, preprocess, tuple(sorted({t.patient for t in dataset.tiles})), info
     )
@@ -182,20 +182,19 @@ def _claim(output_dir: Path, recipe: Recipe, resume: bool) -> None:
     write_json(record, recipe.to_dict())
 
 
-def _describe(
-    dataset: TileDataset, data_dir: Path, phantom: bool, recipe: Recipe
-) -> dict[str, Any]:
+def _describe(dataset: TileDataset, data_dir: Path, recipe: Recipe) -> dict[str, Any]:
+    phantom = phantom_seed(data_dir)
     groups = {tile.patient for tile in dataset.tiles}
     kind = "patients" if dataset.grouped_by == "patient" else f"{dataset.grouped_by}s"
     counts = f"{len(dataset.tiles)} tiles of {len(groups)} {kind}, {len(dataset.ct)} CT series"
     source = (
-        f"phantom data (generated with seed {recipe.training.seed}, no patients)"
-        if phantom
+        f"phantom data (generated with seed {phantom}, no patients)"
+        if phantom is not None
         else f"{recipe.data.layout} layout"
     )
     return {
         "data": f"{source}: {counts}",
-        "phantom": phantom,
+        "phantom": phantom is not None,
         "layout": recipe.data.layout,
         "data_dir": str(data_dir.resolve()),
         "classes": list(dataset.classes),

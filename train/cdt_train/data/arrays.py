@@ -155,7 +155,8 @@ def load_ct(dataset: TileDataset, preprocess: Preprocess, progress: Progress[int
 def _input_mpp(tile: Tile, image_size: int) -> float | None:
     if tile.mpp is None:
         return None
-    return round(tile.mpp * min(tile.pixels.shape[:2]) / image_size, 4)
+    side: int = min(tile.pixels.shape[:2])
+    return round(tile.mpp * side / image_size, 4)
 
 
 def _relative(path: Path, data_dir: Path) -> str:

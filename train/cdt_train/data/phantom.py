@@ -57,8 +57,8 @@ def write_phantom(
     folder: Path,
     *,
     seed: int = 0,
-    n_patients: int = 12,
-    n_ct: int = 12,
+    n_patients: int = 18,
+    n_ct: int = 8,
     regions_per_class: int = 6,
 ) -> None:
     """Writes a phantom hospital; does nothing where the same one is there already.
@@ -88,6 +88,13 @@ def write_phantom(
         _move(partial, folder, made)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def phantom_seed(folder: Path) -> int | None:
+    """Returns the seed of a phantom hospital, or None for a folder that is none."""
+    found = _read_mark(folder)
+    seed = found.get("seed") if found else None
+    return seed if isinstance(seed, int) else None
 
 
 def _check(made: _Made) -> None:

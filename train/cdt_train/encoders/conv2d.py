@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -9,13 +10,13 @@ from torch import Tensor, nn
 
 
 class PathEncoder(nn.Module):
-    """Four strided stages of plain convolutions, then a grid of tokens.
+    """A stem that keeps what is fine, three strided stages of plain convolutions, tokens.
 
     Scaling and standardising happen inside, so that the graph takes in bytes.
 
     Args:
         channels: M, channels of a tile.
-        widths: channels of the four stages.
+        widths: channels of the stem and of the three stages.
         feature_dim: C, width of a token.
         image_size: height and width of a tile input, a multiple of 32.
     """
@@ -30,14 +31,13 @@ class PathEncoder(nn.Module):
         self.token_count = (image_size // 32) ** 2
         self.register_buffer("mean", torch.zeros(channels, 1, 1))
         self.register_buffer("std", torch.ones(channels, 1, 1))
-        self.stem = _block(channels, widths[0], kernel=5, stride=2)
+        self.stem = nn.Sequential(_block(channels, widths[0], kernel=5, stride=2), nn.MaxPool2d(2))
         self.stages = nn.Sequential(
             *(
                 nn.Sequential(_block(before, after, stride=2), _block(after, after))
-                for before, after in zip(widths[:-1], widths[1:], strict=True)
+                for before, after in itertools.pairwise(widths)
             )
         )
-        self.pool = nn.AvgPool2d(2)
         self.project = nn.Linear(widths[-1], feature_dim)
 
     @torch.no_grad()
@@ -57,7 +57,7 @@ class PathEncoder(nn.Module):
             `(B, N, C)` tokens, N = (S / 32) squared.
         """
         standard = (_unit_scale(tile).to(self.mean.dtype) - self.mean) / self.std
-        features = self.pool(self.stages(self.stem(standard)))
+        features = self.stages(self.stem(standard))
         tokens: Tensor = self.project(features.flatten(2).transpose(1, 2))
         return tokens
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 from torch import Tensor, nn
@@ -28,7 +29,7 @@ class CtEncoder(nn.Module):
                 nn.Sequential(
                     nn.Conv3d(before, after, 3, 2, 1), GroupNorm(8, after), _Residual(after)
                 )
-                for before, after in zip(widths[:-1], widths[1:], strict=True)
+                for before, after in itertools.pairwise(widths)
             )
         )
         self.pool = nn.AvgPool3d((1, 2, 2))

@@ -1,0 +1,233 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cdt_runtime import FewShotClassifier, read_series, read_tile
+from cdt_runtime.bundle import Bundle, write_bundle
+from cdt_runtime.errors import BackendError, PrototypeError, SeriesError, TileError
+from cdt_runtime.prototypes import FACTS, TENSORS, Prototypes
+
+
+@pytest.fixture
+def classifier(bundle_dir: Path, cache_dir: Path) -> FewShotClassifier:
+    return FewShotClassifier.open(bundle_dir)
+
+
+@pytest.fixture
+def ct(phantom_dir: Path) -> Path:
+    return phantom_dir / "new_patient" / "ct"
+
+
+@pytest.fixture
+def tiles(phantom_dir: Path) -> list[Path]:
+    return sorted((phantom_dir / "new_patient").glob("*.tif"))
+
+
+def test_a_prediction_says_all_there_is_to_say(
+    classifier: FewShotClassifier, tiles: list[Path], ct: Path
+) -> None:
+    predictions = classifier.predict(tiles, ct)
+    assert [prediction.tile for prediction in predictions] == [path.name for path in tiles]
+    for prediction in predictions:
+        assert set(prediction.probabilities) == {"invasion_front", "tumor_stroma"}
+        assert sum(prediction.probabilities.values()) == pytest.approx(1)
+        assert all(0 <= distance <= 2 for distance in prediction.distances.values())
+        assert not prediction.abstained
+        assert prediction.label == prediction.nearest
+        assert max(prediction.probabilities, key=prediction.probabilities.__getitem__) == (
+            prediction.label
+        )
+        assert prediction.ct is not None
+        assert prediction.ct.series.startswith("24 slices of 256 x 256")
+        assert set(prediction.timings_ms) == {"ct_read", "ct_encode", "tile_read", "classify"}
+
+
+def test_a_series_is_encoded_once(
+    classifier: FewShotClassifier, bundle_dir: Path, tiles: list[Path], ct: Path
+) -> None:
+    first = classifier.context(ct)
+    second = FewShotClassifier.open(bundle_dir).context(ct)
+    assert first.used is not None
+    assert second.used is not None
+    assert (first.used.cache_hit, second.used.cache_hit) == (False, True)
+    assert np.array_equal(first.tokens, second.tokens)
+    assert second.used.series == first.used.series
+
+
+def test_a_copy_of_the_series_is_the_same_and_a_changed_one_is_not(
+    classifier: FewShotClassifier, ct: Path, tmp_path: Path
+) -> None:
+    classifier.context(ct)
+    copy = Path(shutil.copytree(ct, tmp_path / "copy"))
+    again = classifier.context(copy)
+    assert again.used is not None
+    assert again.used.cache_hit
+    changed = next(copy.glob("*.dcm"))
+    data = bytearray(changed.read_bytes())
+    data[-2] ^= 1  # one pixel, by one
+    changed.write_bytes(data)
+    other = classifier.context(copy)
+    assert other.used is not None
+    assert not other.used.cache_hit
+
+
+def test_a_volume_a_folder_and_arrays_give_the_same(
+    classifier: FewShotClassifier, tiles: list[Path], ct: Path
+) -> None:
+    by_path = classifier.embed(tiles, ct)
+    pixels = [read_tile(path).pixels for path in tiles]
+    by_value = classifier.embed(pixels, read_series(ct))
+    assert np.array_equal(by_path, by_value)
+    assert by_path.shape == (2, 32)
+    assert by_path.dtype == np.float32
+    assert np.allclose(np.linalg.norm(by_path, axis=1), 1, atol=1e-5)
+
+
+def test_tiles_do_not_depend_on_their_batch(
+    classifier: FewShotClassifier, tiles: list[Path]
+) -> None:
+    many = classifier.predict(tiles * 20)
+    assert len(many) == 40
+    alone = classifier.predict(tiles[1:])[0]
+    for name, chance in many[39].probabilities.items():
+        assert alone.probabilities[name] == pytest.approx(chance, abs=1e-6)
+
+
+def test_without_ct_nothing_of_a_ct_is_reported(
+    classifier: FewShotClassifier, tiles: list[Path]
+) -> None:
+    assert all(prediction.ct is None for prediction in classifier.predict(tiles))
+
+
+def test_fit_replaces_the_prototypes(
+    classifier: FewShotClassifier, phantom_dir: Path, ct: Path
+) -> None:
+    regions = sorted((phantom_dir / "pathology_data" / "Patient_001").iterdir())
+    names = ["left", "right", "left", "right", "middle"]
+    classifier.fit(regions[:5], names, ct)
+    assert classifier.classes == ("left", "middle", "right")
+    assert classifier.prototypes.counts() == {"left": 2, "middle": 1, "right": 2}
+    assert classifier.predict(regions[4:5], ct)[0].nearest == "middle"
+    distances = classifier.predict(regions[4:5])[0].distances
+    assert distances["middle"] == pytest.approx(0, abs=2e-3)
+
+
+def test_support_and_query_share_their_context(classifier: FewShotClassifier, ct: Path) -> None:
+    with_ct = classifier.class_prototypes(classifier.context(ct))
+    without = classifier.class_prototypes(classifier.context(None))
+    assert with_ct.shape == without.shape == (2, 32)
+    assert classifier.class_prototypes(classifier.context(ct)) is with_ct
+
+
+def test_fit_refuses_what_makes_no_support_set(
+    classifier: FewShotClassifier, tiles: list[Path]
+) -> None:
+    with pytest.raises(PrototypeError, match="2 tiles and 1 labels: give one a tile"):
+        classifier.fit(tiles, ["a"])
+    with pytest.raises(PrototypeError, match=r"support set has 1 class\(es\) \['a'\]"):
+        classifier.fit(tiles, ["a", "a"])
+    blank = np.zeros((64, 64, 6), np.uint8)
+    with pytest.raises(PrototypeError, match="support tile array shows no tissue: leave it out"):
+        classifier.fit([tiles[0], blank], ["a", "b"])
+    assert classifier.classes == ("invasion_front", "tumor_stroma")
+
+
+def test_a_blank_tile_gets_no_answer(classifier: FewShotClassifier) -> None:
+    blank = np.full((100, 100, 6), 7, np.uint8)
+    prediction = classifier.predict([blank])[0]
+    assert prediction.abstained
+    assert prediction.label is None
+    assert prediction.reason == "no tissue: every channel is almost flat"
+
+
+def test_low_confidence_gets_no_answer(classifier: FewShotClassifier, tiles: list[Path]) -> None:
+    from dataclasses import replace
+
+    classifier.prototypes = replace(classifier.prototypes, min_confidence=1.0)
+    prediction = classifier.predict(tiles[:1])[0]
+    assert prediction.abstained
+    assert prediction.label is None
+    assert prediction.reason is not None
+    assert prediction.reason.startswith("low confidence: 0.")
+    assert prediction.reason.endswith("at least 1.00 is asked for")
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (64, 64, 3), (6, 64, 64), (0, 64, 6)])
+def test_arrays_must_have_the_channels_last(
+    classifier: FewShotClassifier, shape: tuple[int, ...]
+) -> None:
+    with pytest.raises(
+        TileError, match=r"array of shape .*: expected \(H, W, 6\) with channels DA"
+    ):
+        classifier.predict([np.zeros(shape, np.uint8)])
+
+
+def test_channels_are_matched_by_name(classifier: FewShotClassifier, real_data: Path) -> None:
+    tile = real_data / "mif" / "ABCM22001_B09_MiniCrop.ome.tif"
+    with pytest.raises(TileError, match="CD3"):
+        classifier.read(tile)
+    found = classifier.read(tile, fill_missing=True)
+    assert found.channels["PanCK"] == "CK-EPCAM"
+    assert found.channels["CD8"] == "CD8a"
+    assert found.channels["CD3"] is None
+    assert "channels filled with zeros: CD3" in found.warnings
+    assert found.array.shape == (6, 64, 64)
+    assert not found.array[2].any()
+
+
+def test_missing_channels_are_filled_only_if_training_hid_some(
+    bundle_dir: Path, cache_dir: Path, tiles: list[Path], tmp_path: Path
+) -> None:
+    bundle = Bundle.open(bundle_dir)
+    facts = {
+        **bundle.manifest,
+        "preprocess": {**bundle.manifest["preprocess"], "fill_missing": False},
+    }
+    files = {name: bundle.read(name) for name in bundle.manifest["files"]}
+    strict = write_bundle(tmp_path / "strict", files, facts)
+    with pytest.raises(PrototypeError, match="prototypes were made by encoder"):
+        FewShotClassifier(strict)
+    old = Prototypes.from_files(files[TENSORS], files[FACTS], encoder_sha256=bundle.encoder_sha256)
+    from dataclasses import replace
+
+    files |= replace(old, encoder_sha256=strict.encoder_sha256).to_files()
+    classifier = FewShotClassifier(write_bundle(tmp_path / "strict", files, facts))
+    with pytest.raises(TileError, match="--fill-missing: this model was trained with every chann"):
+        classifier.read(tiles[0], fill_missing=True)
+
+
+def test_an_unknown_backend_is_said(bundle_dir: Path) -> None:
+    with pytest.raises(BackendError, match="backend 'tpu': expected one of onnxruntime, cuda"):
+        FewShotClassifier.open(bundle_dir, backend="tpu")
+
+
+def test_a_missing_gpu_is_an_error_never_the_cpu(
+    bundle_dir: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(BackendError, match="CUDA"):
+        FewShotClassifier.open(bundle_dir, backend="cuda")
+    assert capfd.readouterr().out == ""
+
+
+def test_a_graph_that_is_none_is_one_error() -> None:
+    from cdt_runtime.backends import open_session
+
+    with pytest.raises(BackendError, match="CPUExecutionProvider: can't load the graph"):
+        open_session("onnxruntime", b"not a graph")
+
+
+def test_inputs_that_do_not_fit_the_graph_are_one_error(bundle_dir: Path) -> None:
+    from cdt_runtime.backends import open_session
+
+    session = open_session("onnxruntime", (bundle_dir / "ct_encoder.onnx").read_bytes())
+    with pytest.raises(BackendError, match=r"onnxruntime .* CPUExecutionProvider: .*ct"):
+        session.run({"ct": np.zeros((1, 1, 8, 64, 63), np.float32)})
+
+
+def test_an_empty_folder_is_no_ct(classifier: FewShotClassifier, tmp_path: Path) -> None:
+    with pytest.raises(SeriesError, match="no DICOM images in"):
+        classifier.context(tmp_path)

@@ -1,0 +1,224 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cdt_runtime.cli import infer_command
+from cdt_runtime.console import run
+from PIL import Image
+
+
+class Shell:
+    """Runs cdt-infer in a folder of its own, as a user would."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str], bundle: Path) -> None:
+        self._capsys, self.bundle = capsys, str(bundle)
+
+    def __call__(self, *arguments: object, bundle: bool = True) -> tuple[int, str, str]:
+        chosen = ["--bundle", self.bundle] if bundle else []
+        with pytest.raises(SystemExit) as ended:
+            run(infer_command, [*map(str, arguments), *chosen])
+        out, err = self._capsys.readouterr()
+        return int(ended.value.code or 0), out, err
+
+
+@pytest.fixture
+def infer(
+    bundle_dir: Path,
+    cache_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> Shell:
+    monkeypatch.chdir(tmp_path)
+    return Shell(capsys, bundle_dir)
+
+
+@pytest.fixture
+def ct(phantom_dir: Path) -> Path:
+    return phantom_dir / "new_patient" / "ct"
+
+
+@pytest.fixture
+def tile(phantom_dir: Path) -> Path:
+    return phantom_dir / "new_patient" / "tumor_stroma.tif"
+
+
+def test_the_answer_names_everything_it_rests_on(infer: Shell, ct: Path, tile: Path) -> None:
+    code, out, err = infer(ct, tile)
+    assert (code, err) == (0, "")
+    assert out.startswith("tumor_stroma.tif: ")
+    for part in (
+        "invasion_front",
+        "probability",
+        "distance",
+        "CT        24 slices of 256 x 256",
+        "bundle    tiny (fp32, ",
+        "support tiles: 2 invasion_front, 2 tumor_stroma",
+        "engine    onnxruntime ",
+        "CPUExecutionProvider",
+        "trained   on phantom data (generated with seed 1, no patients)",
+        "Research use only: not a medical device.",
+    ):
+        assert part in out
+    assert "tokens from the cache" in infer(ct, tile)[1]
+
+
+def test_json_has_one_object_a_line_with_the_promised_keys(
+    infer: Shell, ct: Path, tile: Path
+) -> None:
+    code, out, err = infer(ct, tile, tile, "--json")
+    assert (code, err) == (0, "")
+    records = [json.loads(line) for line in out.splitlines()]
+    assert len(records) == 2
+    assert set(records[0]) == {
+        "tile",
+        "label",
+        "nearest",
+        "probabilities",
+        "distances",
+        "abstained",
+        "reason",
+        "ct",
+        "channels",
+        "warnings",
+        "backend",
+        "bundle",
+        "training_data",
+        "timings_ms",
+    }
+    assert records[0]["ct"]["cache_hit"] is False
+    assert "phantom" in records[0]["training_data"]
+    assert json.loads(infer(ct, tile, "--json")[1])["ct"]["cache_hit"] is True
+
+
+def test_no_patient_data_of_the_headers_is_printed(infer: Shell, ct: Path, tile: Path) -> None:
+    _, out, err = infer(ct, tile, "--json")
+    assert "PHANTOM^" not in out + err
+    assert "NEW_PATIENT" not in out + err
+
+
+def test_without_ct_the_folder_may_be_left_out(infer: Shell, ct: Path, tile: Path) -> None:
+    code, out, _ = infer("--no-ct", tile)
+    assert code == 0
+    assert "CT        none: the tile alone decides" in out
+    with_folder = infer("--no-ct", ct, tile)
+    assert with_folder[0] == 0
+    assert with_folder[1].splitlines()[:3] == out.splitlines()[:3]
+
+
+def test_without_bundle_the_newest_is_taken_and_named(
+    infer: Shell, ct: Path, tile: Path, tmp_path: Path
+) -> None:
+    code, _, err = infer(ct, tile, bundle=False)
+    assert code == 2
+    assert err == (
+        "error: no bundle in engines: make one with cdt-train and cdt-export, or give "
+        "--bundle DIR\n"
+    )
+    shutil.copytree(infer.bundle, tmp_path / "engines" / "mine")
+    code, out, err = infer(ct, tile, bundle=False)
+    assert code == 0
+    assert err == "bundle: engines/mine (the newest; --bundle chooses another)\n"
+    assert "bundle    mine (fp32" in out
+
+
+def test_a_bad_tile_does_not_cost_the_others_their_answer(
+    infer: Shell, ct: Path, tile: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "notes.txt").write_text("not a tile")
+    code, out, err = infer(ct, tile, "notes.txt", tile, "--json")
+    records = [json.loads(line) for line in out.splitlines()]
+    assert code == 2
+    assert [record["tile"] for record in records] == [tile.name, tile.name, "notes.txt"]
+    assert "error" in records[2]
+    assert err.startswith("error: notes.txt: ")
+    assert err.count("\n") == 1
+
+
+def write_rgb(path: Path) -> Path:
+    pixels = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "no CT_DIR and TILE given: see cdt-infer --help"),
+        (("{ct}",), "no TILE given: cdt-infer CT_DIR TILE [TILE ...]"),
+        (("{tile}",), "tumor_stroma.tif: CT_DIR comes first and is a folder of DICOM slices, "),
+        (("empty", "{tile}"), "no DICOM images in empty (0 files seen): give the folder that"),
+        (("text", "{tile}"), "no DICOM images in text (1 file seen): give the folder that"),
+        (("gone", "{tile}"), "gone is not a folder: give the folder that holds the CT series"),
+        (("{ct}", "rgb.png"), "rgb.png"),
+        (("{ct}", "none.tif"), "none.tif"),
+        (("{ct}", "text/notes.txt"), "notes.txt"),
+        (("{ct}", "{tile}", "--jsn"), "No such option '--jsn'. Did you mean '--json'?"),
+        (("{ct}", "{tile}", "--backend", "tpu"), "backend 'tpu': expected one of onnxruntime, cu"),
+        (("{ct}", "{tile}", "--backend", "cuda"), "CUDA"),
+        (("{ct}", "{tile}", "--mpp", "-1"), "Invalid value for '--mpp'"),
+        (("{ct}", "{tile}", "--series", "1.2.3"), "does not hold the series asked for; it holds"),
+    ],
+)
+def test_what_a_newcomer_gets_wrong_is_one_line(
+    infer: Shell, ct: Path, tile: Path, tmp_path: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "notes.txt").write_text("hello")
+    write_rgb(tmp_path / "rgb.png")
+    code, out, err = infer(*(word.format(ct=ct, tile=tile) for word in arguments))
+    assert code == 2
+    assert out == ""
+    assert err.count("\n") == 1
+    assert err.startswith("error: ")
+    assert message in err
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: shutil.rmtree(path), "no such folder: give the folder that cdt-export wrote"),
+        (lambda path: (path / "bundle.json").unlink(), "holds no bundle.json"),
+        (
+            lambda path: (path / "bridge.onnx").write_bytes(b"junk"),
+            "bridge.onnx: altered since export",
+        ),
+    ],
+)
+def test_a_missing_or_wrong_bundle_is_one_line(
+    infer: Shell, ct: Path, tile: Path, tmp_path: Path, damage: object, message: str
+) -> None:
+    copy = Path(shutil.copytree(infer.bundle, tmp_path / "copy"))
+    damage(copy)  # type: ignore[operator]
+    code, out, err = infer(ct, tile, "--bundle", copy, bundle=False)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert message in err
+
+
+def test_the_real_chest_series_and_a_real_multiplex_tile(
+    infer: Shell, chest_series: Path, real_data: Path
+) -> None:
+    tile = real_data / "mif" / "ABCM22001_B09_MiniCrop.ome.tif"
+    code, out, _ = infer(chest_series, tile, "--fill-missing", "--json")
+    record = json.loads(out)
+    assert code == 0
+    assert record["ct"]["series"] == "64 slices of 512 x 512, 0.70 x 0.70 x 2.50 mm"
+    assert record["channels"] == {
+        "DAPI": "DAPI",
+        "PanCK": "CK-EPCAM",
+        "CD3": None,
+        "CD8": "CD8a",
+        "FOXP3": "FOXP3",
+        "PDL1": "PDL1",
+    }
+
+
+def test_the_real_jpeg_2000_series(infer: Shell, real_data: Path, tile: Path) -> None:
+    code, out, _ = infer(real_data / "ct" / "totalseg" / "example_ct_dicom", tile, "--json")
+    assert code == 0
+    assert json.loads(out)["ct"]["series"] == "20 slices of 512 x 512, 0.98 x 0.98 x 2.00 mm"
