@@ -46,27 +46,29 @@ def cache_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-TINY_RECIPE = (
-    "data.ct_depth=8",
-    "data.slice_size=64",
-    "data.image_size=64",
-    "model.feature_dim=32",
-    "model.attention_num_heads=4",
-    "model.path_widths=[8,8,16,16]",
-    "model.ct_widths=[8,8,16,16]",
-    "training.num_folds=2",
-    "training.ssl_epochs=2",
-    "training.ssl_steps=2",
-    "training.ssl_batch_size=4",
-    "training.num_epochs=2",
-    "training.episodes_per_epoch=2",
-    "training.k_shot=2",
-    "training.n_query=2",
-    "training.val_episodes=20",
-    "training.test_episodes=50",
-    "training.min_confidence=0.5",
-)
-"""A recipe that runs through everything in seconds and learns next to nothing."""
+@pytest.fixture(scope="session")
+def tiny_recipe() -> tuple[str, ...]:
+    """A recipe that runs through everything in seconds and learns next to nothing."""
+    return (
+        "data.ct_depth=8",
+        "data.slice_size=64",
+        "data.image_size=64",
+        "model.feature_dim=32",
+        "model.attention_num_heads=4",
+        "model.path_widths=[8,8,16,16]",
+        "model.ct_widths=[8,8,16,16]",
+        "training.num_folds=2",
+        "training.ssl_epochs=2",
+        "training.ssl_steps=2",
+        "training.ssl_batch_size=4",
+        "training.num_epochs=2",
+        "training.episodes_per_epoch=2",
+        "training.k_shot=2",
+        "training.n_query=2",
+        "training.val_episodes=20",
+        "training.test_episodes=50",
+        "training.min_confidence=0.5",
+    )
 
 
 @pytest.fixture(scope="session")
@@ -80,13 +82,15 @@ def phantom_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def trained_dir(phantom_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained_dir(
+    phantom_dir: Path, tiny_recipe: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """The output folder of a tiny training run."""
     from cdt_train.config import load_recipe
     from cdt_train.run import run_training
 
     folder = tmp_path_factory.mktemp("models") / "models"
-    recipe = load_recipe(None, TINY_RECIPE)
+    recipe = load_recipe(None, tiny_recipe)
     run_training(recipe, data_dir=phantom_dir, output_dir=folder, resume=False)
     return folder
 

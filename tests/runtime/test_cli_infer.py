@@ -6,9 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
+
 from cdt_runtime.cli import infer_command
 from cdt_runtime.console import run
-from PIL import Image
 
 
 class Shell:

@@ -1,0 +1,75 @@
+"""The README tells the truth: its commands, options, paths and keys exist."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+
+from cdt_export.cli import export_command
+from cdt_runtime.cli import infer_command
+from cdt_train.cli import train_command
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = {"cdt-train": train_command, "cdt-export": export_command, "cdt-infer": infer_command}
+SHOWN = sorted(
+    set(re.findall(r"`((?:cdt-\w+|make|pytest) [^`]+)`", README))
+    | set(re.findall(r"^\$ ((?:cdt-\w+|make|pytest)[^#\n]*)", README, flags=re.MULTILINE))
+)
+
+
+def options(command: click.Command) -> set[str]:
+    return {name for parameter in command.params for name in parameter.opts} | {"--help", "-h"}
+
+
+@pytest.mark.parametrize("line", [line for line in SHOWN if line.startswith("cdt-")])
+def test_every_option_shown_exists(line: str) -> None:
+    name, *words = shlex.split(line.replace("[", "").replace("]", ""))
+    used = {word for word in words if word.startswith("-")}
+    assert used <= options(COMMANDS[name])
+
+
+@pytest.mark.parametrize("line", [line for line in SHOWN if line.startswith("make")])
+def test_every_make_target_shown_exists(line: str) -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert re.search(rf"^{line.split()[1]}:", makefile, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("line", [line for line in SHOWN if line.startswith("pytest")])
+def test_every_proof_named_exists(line: str) -> None:
+    assert (ROOT / line.split()[1]).exists()
+
+
+@pytest.mark.parametrize("link", re.findall(r"\]\(([^)]+)\)", README))
+def test_every_link_leads_somewhere(link: str) -> None:
+    assert (ROOT / link).exists()
+
+
+def test_every_key_of_a_recipe_shown_exists() -> None:
+    from cdt_train.config import known_keys
+
+    shown = set(re.findall(r"\b((?:data|model|training)\.\w+)=", README))
+    assert shown
+    assert shown <= set(known_keys())
+
+
+def test_demo_and_test_stand_in_the_first_screen() -> None:
+    first = "\n".join(README.splitlines()[:24])
+    assert "make demo" in first
+    assert "make test" in first
+    assert "not a medical device" in first
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_says_what_a_newcomer_needs_with_an_example(command: str) -> None:
+    program = Path(sys.executable).with_name(command)
+    result = subprocess.run([program, "--help"], capture_output=True, text=True, check=True)
+    assert f"  {command} " in result.stdout.partition("Examples:")[2]
+    assert "Research use only: not a medical device." in result.stdout
+    assert max(len(line) for line in result.stdout.splitlines()) <= 80

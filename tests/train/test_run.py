@@ -1,0 +1,210 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from cdt_runtime.console import run
+from cdt_runtime.errors import CheckpointError, DatasetError, TrainingError
+from cdt_train.cli import train_command
+from cdt_train.config import load_recipe
+from cdt_train.run import run_training
+
+Tiny = tuple[str, ...]
+
+FIGURES = {"accuracy", "balanced_accuracy", "macro_f1", "auc_roc", "cohen_kappa", "mcc", "ece"}
+
+
+def test_a_run_writes_what_users_of_the_field_expect(trained_dir: Path) -> None:
+    pretrained = torch.load(trained_dir / "ct_encoder_pretrained.pt", weights_only=True)
+    assert set(pretrained) == {"model_state_dict", "ssl_history", "config", "dataset_info"}
+    assert len(pretrained["ssl_history"]) == 2
+    best = torch.load(trained_dir / "best_model.pt", weights_only=True)
+    assert set(best) >= {
+        "epoch",
+        "model_state_dict",
+        "optimizer_state_dict",
+        "scheduler_state_dict",
+        "best_metric",
+        "config",
+        "calibration",
+    }
+    for fold in (1, 2):
+        folder = trained_dir / f"fold_{fold}"
+        assert (folder / "checkpoint_epoch_0002.pt").is_file()
+        assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert (trained_dir / "curves_ssl.png").is_file()
+
+
+def test_the_figures_hold_every_metric_for_every_row(trained_dir: Path) -> None:
+    report = json.loads((trained_dir / "metrics.json").read_text())
+    assert report["phantom"] is True
+    assert "phantom data (generated with seed 1, no patients)" in report["data"]
+    rows = {"with_ct", "without_ct", "untrained_encoder", "colour_statistics"}
+    assert set(report["over_folds"]) == rows
+    assert all(set(row) == FIGURES for row in report["over_folds"].values())
+    assert [fold["fold"] for fold in report["folds"]] == [1, 2]
+    assert all(fold["test"]["with_ct"]["episodes"] == 50 for fold in report["folds"])
+
+
+def test_no_patient_is_on_two_sides_of_a_fold(trained_dir: Path) -> None:
+    tested = []
+    for fold in (1, 2):
+        path = trained_dir / f"fold_{fold}" / "best_model.pt"
+        split = torch.load(path, weights_only=True)["dataset_info"]["split"]
+        patients = {side: {name.split("/")[1] for name in names} for side, names in split.items()}
+        assert patients["train"] & patients["val"] == set()
+        assert (patients["train"] | patients["val"]) & patients["test"] == set()
+        assert sum(len(names) for names in split.values()) == 48
+        tested += split["test"]
+    assert len(tested) == len(set(tested)) == 48
+
+
+def test_the_best_model_is_chosen_by_validation(trained_dir: Path) -> None:
+    report = json.loads((trained_dir / "metrics.json").read_text())
+    scores = {fold["fold"]: fold["validation"]["best_metric"] for fold in report["folds"]}
+    assert scores[report["best_fold"]] == max(scores.values())
+    best = torch.load(trained_dir / "best_model.pt", weights_only=True)
+    assert best["dataset_info"]["fold"] == report["best_fold"]
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_to_the_same_weights(
+    trained_dir: Path,
+    phantom_dir: Path,
+    tiny_recipe: Tiny,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from cdt_train import fold
+    from cdt_train.episodic import EpisodicPhase
+
+    recipe = load_recipe(None, tiny_recipe)
+    whole = EpisodicPhase.start_epoch
+
+    def killed(self: EpisodicPhase, epoch: int) -> None:
+        if epoch == 1:
+            raise KeyboardInterrupt
+        whole(self, epoch)
+
+    output = tmp_path / "models"
+    monkeypatch.setattr(fold.EpisodicPhase, "start_epoch", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_training(recipe, data_dir=phantom_dir, output_dir=output, resume=False)
+    monkeypatch.setattr(fold.EpisodicPhase, "start_epoch", whole)
+    report = run_training(recipe, data_dir=phantom_dir, output_dir=output, resume=True)
+    assert report == json.loads((trained_dir / "metrics.json").read_text())
+    first, second = (
+        torch.load(folder / "best_model.pt", weights_only=True)["model_state_dict"]
+        for folder in (trained_dir, output)
+    )
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_a_finished_run_is_only_reported_again(
+    trained_dir: Path, phantom_dir: Path, tiny_recipe: Tiny, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(trained_dir, tmp_path / "copy"))
+    recipe = load_recipe(None, tiny_recipe)
+    report = run_training(recipe, data_dir=phantom_dir, output_dir=copy, resume=True)
+    assert report == json.loads((trained_dir / "metrics.json").read_text())
+
+
+def test_an_earlier_run_is_never_overwritten(
+    trained_dir: Path, phantom_dir: Path, tiny_recipe: Tiny
+) -> None:
+    recipe = load_recipe(None, tiny_recipe)
+    with pytest.raises(TrainingError, match=r"holds a run: --resume goes on with it, --output-dir"):
+        run_training(recipe, data_dir=phantom_dir, output_dir=trained_dir, resume=False)
+    other = load_recipe(None, [*tiny_recipe, "training.seed=9"])
+    with pytest.raises(CheckpointError, match=r"training\.seed=0, now 9: resume with the same rec"):
+        run_training(other, data_dir=phantom_dir, output_dir=trained_dir, resume=True)
+
+
+def test_labels_that_do_not_exist_are_not_made_up(
+    phantom_dir: Path, tiny_recipe: Tiny, tmp_path: Path
+) -> None:
+    data = Path(shutil.copytree(phantom_dir, tmp_path / "data"))
+    (data / "pathology_data" / "labels.csv").unlink()
+    with pytest.raises(DatasetError, match="patient,region,label") as caught:
+        run_training(
+            load_recipe(None, tiny_recipe),
+            data_dir=data,
+            output_dir=tmp_path / "models",
+            resume=False,
+        )
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unreadable_tile_or_series_is_named(
+    phantom_dir: Path, tiny_recipe: Tiny, tmp_path: Path
+) -> None:
+    recipe = load_recipe(None, tiny_recipe)
+    data = Path(shutil.copytree(phantom_dir, tmp_path / "data"))
+    tile = next((data / "pathology_data" / "Patient_003").rglob("*.tif"))
+    whole = tile.read_bytes()
+    tile.write_bytes(whole[:1000])
+    with pytest.raises(DatasetError, match=r"pathology_data/Patient_003/region_\d+/tile\.ome\.tif"):
+        run_training(recipe, data_dir=data, output_dir=tmp_path / "a", resume=False)
+    tile.write_bytes(whole)
+    sorted((data / "ct_data" / "R_002").rglob("*.dcm"))[10].unlink()
+    with pytest.raises(DatasetError, match=r"ct_data/R_002: .*gap"):
+        run_training(recipe, data_dir=data, output_dir=tmp_path / "b", resume=False)
+
+
+def cdt_train(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as ended:
+        run(train_command, [str(argument) for argument in arguments])
+    out, err = capsys.readouterr()
+    return int(ended.value.code or 0), out, err
+
+
+def test_the_command_prints_the_table_and_the_next_step(
+    trained_dir: Path,
+    phantom_dir: Path,
+    tiny_recipe: Tiny,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    copy = Path(shutil.copytree(trained_dir, tmp_path / "copy"))
+    code, out, _ = cdt_train(
+        capsys, "--data-dir", phantom_dir, "--output-dir", copy, "--resume", *tiny_recipe
+    )
+    assert code == 0
+    for part in (
+        "2-way 2-shot on test patients: mean of 2 folds, 50 episodes each",
+        "with CT",
+        "colour statistics",
+        "CT against no CT, same episodes:",
+        "Phantom data: these figures say that the pipeline learns, nothing of patients.",
+        "next      cdt-export --checkpoint",
+    ):
+        assert part in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--kshott", "5"), "No such option '--kshott'. Did you mean '--kshot'?"),
+        (("--kshot", "0"), "Invalid value for '--kshot'"),
+        (("training.ksot=5",), "training.ksot: unknown key, did you mean training.k_shot?"),
+        (("--config", "none.yaml"), "recipe none.yaml: can't be read"),
+        (("--data-dir", "none"), "none: no such folder: --data-dir holds ct_data/ and pathology_"),
+        (("training.device=cuda",), "training.device=cuda: torch finds no GPU here"),
+    ],
+)
+def test_what_a_newcomer_gets_wrong_is_one_line(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: tuple[str, ...],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, err = cdt_train(capsys, *arguments)
+    assert (code, out) == (2, "")
+    assert err.count("\n") == 1
+    assert message in err

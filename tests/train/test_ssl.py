@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cdt_train.encoders.conv3d import CtEncoder
+from cdt_train.ssl import ContrastivePhase, contrast
+
+
+def phase(volumes: torch.Tensor) -> tuple[ContrastivePhase, CtEncoder]:
+    torch.manual_seed(0)
+    encoder = CtEncoder(1, (8, 8, 16, 16), 32)
+    made = ContrastivePhase(
+        encoder,
+        volumes,
+        batch_size=8,
+        temperature=0.2,
+        seed=0,
+        device=torch.device("cpu"),
+    )
+    return made, encoder
+
+
+def test_the_contrast_is_small_for_matching_views_alone() -> None:
+    matching = torch.eye(4, 16).repeat(2, 1)
+    loss, accuracy = contrast(matching, 0.1)
+    assert loss < 0.01
+    assert accuracy == 1
+    loss, accuracy = contrast(torch.cat([torch.eye(4, 16), torch.eye(4, 16).roll(1, 0)]), 0.1)
+    assert loss > 5
+    assert accuracy == 0
+
+
+def test_gradients_reach_every_weight_of_the_encoder() -> None:
+    volumes = torch.rand(4, 1, 8, 64, 64) * 2 - 1
+    made, encoder = phase(volumes)
+    made.start_epoch(0)
+    made.step(0.0)["loss"].backward()
+    assert all(p.grad is not None for p in encoder.parameters())
+    assert sum(
+        float(p.grad.abs().sum()) > 0 for p in encoder.parameters() if p.grad is not None
+    ) == (len(list(encoder.parameters())))
+
+
+@pytest.mark.slow
+def test_pretraining_learns_to_tell_places_apart() -> None:
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.rand(4, 1, 4, 8, 8, generator=generator) * 2 - 1
+    volumes = torch.nn.functional.interpolate(coarse, size=(8, 64, 64), mode="trilinear")
+    made, _ = phase(volumes)
+    optimizer = torch.optim.AdamW(made.model.parameters(), lr=2e-3)
+    losses = []
+    for epoch in range(12):
+        made.start_epoch(epoch)
+        for _ in range(4):
+            terms = made.step(0.0)
+            optimizer.zero_grad()
+            terms["loss"].backward()
+            optimizer.step()
+            losses.append(terms["loss"].item())
+    assert sum(losses[-8:]) < 0.8 * sum(losses[:8])
+    assert made.validate()["score"] < 0
