@@ -140,7 +140,7 @@ def test_the_base_distribution_infers_without_torch(
         [
             bare_python.parent / "cdt-infer",
             patient / "ct",
-            patient / "tumor_stroma.tif",
+            patient / "tumor_stroma_1.tif",
             "--bundle",
             bundle_dir,
             "--json",
@@ -151,7 +151,7 @@ def test_the_base_distribution_infers_without_torch(
         env={**os.environ, "CDT_CACHE": str(tmp_path)},
     )
     record = json.loads(result.stdout)
-    assert record["tile"] == "tumor_stroma.tif"
+    assert record["tile"] == "tumor_stroma_1.tif"
     assert sum(record["probabilities"].values()) == pytest.approx(1)
     assert result.stderr == ""
 

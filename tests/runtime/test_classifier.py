@@ -24,7 +24,7 @@ def ct(phantom_dir: Path) -> Path:
 
 @pytest.fixture
 def tiles(phantom_dir: Path) -> list[Path]:
-    return sorted((phantom_dir / "new_patient").glob("*.tif"))
+    return sorted((phantom_dir / "new_patient").glob("*_1.tif"))
 
 
 def test_a_prediction_says_all_there_is_to_say(

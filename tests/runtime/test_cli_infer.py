@@ -45,13 +45,13 @@ def ct(phantom_dir: Path) -> Path:
 
 @pytest.fixture
 def tile(phantom_dir: Path) -> Path:
-    return phantom_dir / "new_patient" / "tumor_stroma.tif"
+    return phantom_dir / "new_patient" / "tumor_stroma_1.tif"
 
 
 def test_the_answer_names_everything_it_rests_on(infer: Shell, ct: Path, tile: Path) -> None:
     code, out, err = infer(ct, tile)
     assert (code, err) == (0, "")
-    assert out.startswith("tumor_stroma.tif: ")
+    assert out.startswith("tumor_stroma_1.tif: ")
     for part in (
         "invasion_front",
         "probability",
@@ -151,7 +151,7 @@ def write_rgb(path: Path) -> Path:
     [
         ((), "no CT_DIR and TILE given: see cdt-infer --help"),
         (("{ct}",), "no TILE given: cdt-infer CT_DIR TILE [TILE ...]"),
-        (("{tile}",), "tumor_stroma.tif: CT_DIR comes first and is a folder of DICOM slices, "),
+        (("{tile}",), "tumor_stroma_1.tif: CT_DIR comes first and is a folder of DICOM slices, "),
         (("empty", "{tile}"), "no DICOM images in empty (0 files seen): give the folder that"),
         (("text", "{tile}"), "no DICOM images in text (1 file seen): give the folder that"),
         (("gone", "{tile}"), "gone is not a folder: give the folder that holds the CT series"),

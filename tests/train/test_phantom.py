@@ -50,7 +50,7 @@ def test_the_hospital_reader_reads_it(folder: Path) -> None:
 
 def test_a_tile_is_an_ome_tiff_with_named_channels(folder: Path) -> None:
     path = folder / "pathology_data" / "Patient_001" / "region_001" / "tile.ome.tif"
-    for tile in (path, folder / "new_patient" / "tumor_stroma.tif"):
+    for tile in (path, folder / "new_patient" / "tumor_stroma_1.tif"):
         with tifffile.TiffFile(tile) as file:
             assert file.is_ome
             assert file.series[0].axes == "CYX"
@@ -111,7 +111,7 @@ def test_a_larger_set_begins_with_the_smaller_one(folder: Path, tmp_path: Path) 
 
 def test_another_seed_gives_other_data(folder: Path, tmp_path: Path) -> None:
     write_phantom(tmp_path / "other", seed=4, **SMALL)
-    name = "new_patient/tumor_stroma.tif"
+    name = "new_patient/tumor_stroma_1.tif"
     assert (tmp_path / "other" / name).read_bytes() != (folder / name).read_bytes()
 
 

@@ -35,8 +35,11 @@ from cdt_train.data.phantom_tiles import (
     phantom_tile,
 )
 
-GENERATOR = 2
+GENERATOR = 3
 """Raised with every change that alters a pixel: a folder of another version is not reused."""
+
+NEW_TILES = 3
+"""Tiles of each class that the new patient has."""
 
 _MARK = "PHANTOM.json"
 _TILES, _CT = 0, 1  # first word of each random stream, so that no two streams are the same
@@ -146,7 +149,9 @@ def _write(folder: Path, made: _Made) -> None:
     new_patient = folder / "new_patient"
     _write_ct(new_patient / "ct", "NEW_PATIENT", made.seed, 0)
     for region, label in enumerate(sorted(CLASSES)):
-        _write_tile(new_patient / f"{label}.tif", _tile(made.seed, 0, region, label))
+        for turn in range(1, NEW_TILES + 1):
+            tile = _tile(made.seed, 0, turn * len(CLASSES) + region, label)
+            _write_tile(new_patient / f"{label}_{turn}.tif", tile)
     (folder / _MARK).write_text(json.dumps(asdict(made), indent=2) + "\n", encoding="utf-8")
 
 
