@@ -6,8 +6,9 @@
 
 The scan alone tells whether a series can be used and names it (`series_hash`), so that a caller can
 look into a cache before any pixel is decoded. Everything wrong with the input is a SeriesError of
-one line. No header text leaves this module: attributes are named, their values are not, save sizes
-and geometry.
+one line. No header text leaves this module: attributes are named, their values are not, save sizes,
+geometry and the UIDs to choose a series by. Nor does any folder above the last: their names tell
+patients and dates.
 """
 
 from __future__ import annotations
@@ -26,9 +27,11 @@ import numpy.typing as npt
 from cdt_runtime.ct_folder import check_alike, choose, drop_odd_orientation, in_order, scan_folder
 from cdt_runtime.ct_geometry import Geometry, geometry_of
 from cdt_runtime.dicom_frame import MAX_VOXELS, Frame, Vector, frames_of
-from cdt_runtime.dicom_header import PixelFile, quiet
+from cdt_runtime.dicom_header import PixelFile, reading
 from cdt_runtime.dicom_pixels import frame_hu, open_raw, padding_in_tissue, payloads
+from cdt_runtime.dicom_quiet import quiet
 from cdt_runtime.errors import SeriesError
+from cdt_runtime.printable import counted
 
 MAX_THREADS = 8
 HASH_CHUNK = 1 << 20
@@ -121,8 +124,8 @@ def scan_series(
 def _check_number(frames: Sequence[Frame], min_slices: int) -> None:
     if len(frames) < min_slices:
         raise SeriesError(
-            f"the series has {len(frames)} slices, expected at least {min_slices}: give the full "
-            "series"
+            f"the series has {counted(len(frames), 'slice')}, expected at least {min_slices}: "
+            "give the full series"
         )
     voxels = len(frames) * frames[0].layout.rows * frames[0].layout.columns
     if voxels > MAX_VOXELS:
@@ -140,18 +143,18 @@ def _value_warnings(frames: Sequence[Frame]) -> list[str]:
         ],
         "the pixels were compressed with loss": [f.file.syntax.lossy for f in frames],
     }
-    return [f"{text} ({sum(hits)} slices)" for text, hits in checks.items() if any(hits)]
+    return [f"{text} ({counted(sum(hits), 'slice')})" for text, hits in checks.items() if any(hits)]
 
 
 def _files(frames: Sequence[Frame]) -> list[PixelFile]:
     """Each file once, in slice order."""
-    return list({frame.file.name: frame.file for frame in frames}.values())
+    return list({frame.file.path: frame.file for frame in frames}.values())
 
 
 def _hash(frames: Sequence[Frame]) -> str:
     digest = hashlib.sha256()
     for file in _files(frames):
-        with open_raw(file) as stream:
+        with reading(file.name), open_raw(file) as stream:
             while chunk := stream.read(HASH_CHUNK):
                 digest.update(chunk)
     return digest.hexdigest()
@@ -173,7 +176,7 @@ def load_volume(series: Series) -> Volume:
                 slot, frame = wanted[index]
                 stack[slot] = geometry.turn(frame_hu(payload, frame))
 
-    numbered = sorted(enumerate(series.frames), key=lambda pair: pair[1].file.name)
+    numbered = sorted(enumerate(series.frames), key=lambda pair: pair[1].file.path)
     jobs = [(slots[0][1].file, slots) for slots in _by_file(numbered)]
     with quiet(), ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool:
         list(pool.map(lambda job: fill(*job), jobs))
@@ -189,7 +192,7 @@ def load_volume(series: Series) -> Volume:
 
 
 def _by_file(numbered: Sequence[tuple[int, Frame]]) -> list[list[tuple[int, Frame]]]:
-    groups = groupby(numbered, key=lambda pair: pair[1].file.name)
+    groups = groupby(numbered, key=lambda pair: pair[1].file.path)
     return [list(group) for _, group in groups]
 
 

@@ -1,7 +1,7 @@
 """A folder of DICOM files -> the frames of the one CT series in it.
 
-The walk follows no links and builds no path from an attribute; messages name files relative to the
-folder and series by their UID, which `--series` needs, and nothing else of the headers.
+No path is built from an attribute. Messages name files by their place in the folder and series by
+their UID, which `--series` needs, and nothing else of the headers.
 """
 
 from __future__ import annotations
@@ -9,19 +9,32 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path, PurePath
 
 import numpy as np
 
 from cdt_runtime.ct_geometry import COS_45, along, headward_normal, normal_of, tolerance
+from cdt_runtime.ct_walk import (
+    GIVE_FOLDER,
+    Folder,
+    entries,
+    file_name,
+    find_folder,
+    is_regular,
+    open_folder,
+)
 from cdt_runtime.dicom_frame import UNIT_TOLERANCE, Frame
-from cdt_runtime.dicom_header import Header, printable, read_header
+from cdt_runtime.dicom_header import HEAD_BYTES, Header, looks_like_dicom, read_header, reading
 from cdt_runtime.dicom_pixels import payloads
 from cdt_runtime.errors import SeriesError
+from cdt_runtime.printable import counted
 
 MAX_FILES = 100_000
+MAX_LOOKED = 1000
+"""Files whose first bytes are looked at to tell whether a folder holds DICOM."""
 LISTED = 20
 SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
 SLICE, LOCALIZER, SECONDARY = "slice", "localizer", "secondary capture"
@@ -32,32 +45,12 @@ DICOM_SUFFIXES = frozenset({"", ".dcm", ".dicom", ".ima"})
 
 @dataclass(frozen=True, eq=False)
 class Scan:
-    """Every DICOM file below a folder."""
+    """Every DICOM file below a folder; `folder` is how messages call that."""
 
     folder: str
     headers: tuple[Header, ...]
     links: int
     not_dicom: int
-
-
-def _count(number: int, thing: str) -> str:
-    """Such as `1 file of another modality` and `2 files of another modality`."""
-    noun, *rest = thing.split(" of ")
-    return " of ".join([f"{number} {noun}{'s' * (number != 1)}", *rest])
-
-
-def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:
-    """Files and links below a folder, by name; folders are entered, links are not."""
-    try:
-        with os.scandir(folder) as found:
-            entries = sorted(found, key=lambda entry: entry.name)
-    except OSError as error:
-        raise SeriesError(f"{printable(str(folder))} can't be listed: {error.strerror}") from None
-    for entry in entries:
-        if entry.is_dir(follow_symlinks=False):
-            yield from _entries(Path(entry.path))
-        else:
-            yield entry
 
 
 def _should_be_dicom(path: PurePath) -> bool:
@@ -67,67 +60,74 @@ def _should_be_dicom(path: PurePath) -> bool:
 
 
 def _read(path: Path, name: str) -> Header | None:
-    try:
-        if path.stat().st_size == 0 and _should_be_dicom(path):
-            raise SeriesError(f"{name}: the file is empty: copy it again")
-        header = read_header(path, name)
-    except OSError as error:
-        raise SeriesError(f"{name}: the file can't be read: {error.strerror}") from None
+    if path.stat().st_size == 0 and _should_be_dicom(path):
+        raise SeriesError(f"{name}: the file is empty: copy it again")
+    header = read_header(path, name)
     if header is None and path.suffix.lower() in DICOM_SUFFIXES - {""}:
         raise SeriesError(f"{name}: not a DICOM file in spite of its name: copy it again")
     return header
 
 
-def scan_folder(folder: Path) -> Scan:
-    """Parses the header of every DICOM file; call it inside `quiet`."""
-    shown = printable(str(folder))
-    if not folder.is_dir():
-        raise SeriesError(f"{shown} is not a folder: give the folder that holds the CT series")
+def scan_folder(path: Path) -> Scan:
+    """Parses the header of every DICOM file; call it inside `quiet`.
+
+    Raises:
+        SeriesError: the folder or a file in it can't be read, or there is no DICOM in it.
+    """
+    folder = open_folder(path)
+    files, links = _files(folder)
     headers: list[Header] = []
     inodes: set[tuple[int, int]] = set()
-    links = seen = not_dicom = 0
-    for seen, entry in enumerate(_entries(folder), start=1):
-        if seen > MAX_FILES:
-            raise SeriesError(
-                f"{shown} holds over {MAX_FILES} files: give the folder of one series"
-            )
-        if not entry.is_file(follow_symlinks=False):
-            links += 1
-            continue
-        stat = entry.stat(follow_symlinks=False)
-        if (stat.st_dev, stat.st_ino) in inodes:
-            continue
-        inodes.add((stat.st_dev, stat.st_ino))
-        path = Path(entry.path)
-        header = _read(path, printable(str(path.relative_to(folder))))
+    not_dicom = 0
+    for place, entry in enumerate(files, start=1):
+        name = file_name(entry, place, len(files))
+        with reading(name):
+            stat = entry.stat(follow_symlinks=False)
+            if (stat.st_dev, stat.st_ino) in inodes:
+                continue
+            inodes.add((stat.st_dev, stat.st_ino))
+            header = _read(Path(entry.path), name)
         if header is None:
             not_dicom += 1
         elif not header.is_directory:
             headers.append(header)
     if not headers:
-        linked = f", {_count(links, 'link')} not followed" if links else ""
+        linked = f", {counted(links, 'link')} not followed" if links else ""
         raise SeriesError(
-            f"no DICOM images in {shown} ({_count(seen - links, 'file')} seen{linked}): give the "
-            "folder that holds the CT series"
+            f"no DICOM images in {folder.name} ({counted(len(files), 'file')} seen{linked}): "
+            f"{GIVE_FOLDER}"
         )
-    return Scan(shown, tuple(headers), links, not_dicom)
+    return Scan(folder.name, tuple(headers), links, not_dicom)
 
 
-def holds_dicom(folder: Path) -> bool:
-    """Tell whether a path is a folder with at least one DICOM file in it, at any depth."""
-    if not folder.is_dir():
+def _files(folder: Folder) -> tuple[list[os.DirEntry[str]], int]:
+    """The files below a folder, and the number of links."""
+    found = list(islice(entries(folder), MAX_FILES + 1))
+    if len(found) > MAX_FILES:
+        raise SeriesError(
+            f"{folder.name} holds over {MAX_FILES} files: give the folder of one series"
+        )
+    files = [entry for entry in found if is_regular(entry)]
+    return files, len(found) - len(files)
+
+
+def holds_dicom(path: Path) -> bool:
+    """Tell whether a path is a folder with DICOM among its first MAX_LOOKED files, at any depth.
+
+    Raises:
+        SeriesError: the path, or a folder below it, can't be looked into.
+    """
+    folder = find_folder(path)
+    if folder is None:
         return False
-    return any(
-        _has_mark(Path(entry.path))
-        for entry in _entries(folder)
-        if entry.is_file(follow_symlinks=False)
-    )
+    first = islice(entries(folder), MAX_LOOKED)
+    return any(_has_dicom_head(Path(entry.path)) for entry in first if is_regular(entry))
 
 
-def _has_mark(path: Path) -> bool:
+def _has_dicom_head(path: Path) -> bool:
     try:
         with path.open("rb") as file:
-            return file.read(132)[128:] == b"DICM"
+            return looks_like_dicom(file.read(HEAD_BYTES))
     except OSError:
         return False
 
@@ -146,18 +146,21 @@ def _kind(header: Header) -> str:
 
 
 def _check_patient(scan: Scan) -> None:
-    """Two patients in one folder are a mix-up, whichever series is asked for."""
-    first: dict[str, str] = {}
+    """Two patients in one folder are a mix-up, whichever series is asked for.
+
+    IDs are held against IDs and names against names: a file may lack the one or the other.
+    """
+    first: dict[str, dict[str, str]] = {}
     for header in scan.headers:
-        key = header.patient_key()
-        if key:
-            first.setdefault(key, header.file.name)
-    if len(first) > 1:
-        names = list(first.values())
-        raise SeriesError(
-            f"{scan.folder} holds {len(first)} patients (PatientID differs between {names[0]} and "
-            f"{names[1]}): keep one patient a folder"
-        )
+        for keyword, key in header.patient().items():
+            first.setdefault(keyword, {}).setdefault(key, header.file.name)
+    for keyword, names in first.items():
+        if len(names) > 1:
+            one, other, *_ = names.values()
+            raise SeriesError(
+                f"{scan.folder} holds {len(names)} patients ({keyword} differs between {one} and "
+                f"{other}): keep one patient a folder"
+            )
 
 
 def _series_of(headers: Sequence[Header]) -> dict[str, list[Header]]:
@@ -178,7 +181,9 @@ def _listing(series: dict[str, list[Header]]) -> str:
         uid: sum(h.fields.integer("NumberOfFrames", default=1) for h in headers)
         for uid, headers in series.items()
     }
-    shown = [f"{_shown_uid(uid)} ({_count(n, 'slice')})" for uid, n in list(sizes.items())[:LISTED]]
+    shown = [
+        f"{_shown_uid(uid)} ({counted(n, 'slice')})" for uid, n in list(sizes.items())[:LISTED]
+    ]
     more = [f"{len(sizes) - LISTED} more"] if len(sizes) > LISTED else []
     return ", ".join([*shown, *more])
 
@@ -190,9 +195,9 @@ def choose(scan: Scan, series_uid: str | None) -> tuple[list[Header], list[str]]
     for header in scan.headers:
         kinds.setdefault(_kind(header), []).append(header)
     slices = kinds.pop(SLICE)
-    others = [_count(len(found), kind) for kind, found in sorted(kinds.items())]
-    others += [_count(scan.not_dicom, "non-DICOM file")] if scan.not_dicom else []
-    others += [f"{_count(scan.links, 'link')} (not followed)"] if scan.links else []
+    others = [counted(len(found), kind) for kind, found in sorted(kinds.items())]
+    others += [counted(scan.not_dicom, "non-DICOM file")] if scan.not_dicom else []
+    others += [f"{counted(scan.links, 'link')} (not followed)"] if scan.links else []
     if not slices:
         raise SeriesError(
             f"no CT slices in {scan.folder}, only {', '.join(others)}: expected files "
@@ -235,10 +240,10 @@ def drop_odd_orientation(frames: Sequence[Frame]) -> tuple[list[Frame], list[str
     number = sum(map(len, odd))
     if odd and (not crossing or number > max(3, len(main) // 10) or number >= len(main)):
         raise SeriesError(
-            f"{odd[0][0].name}: ImageOrientationPatient differs from {len(main)} other slices: "
-            "keep one orientation a series"
+            f"{odd[0][0].name}: ImageOrientationPatient differs from "
+            f"{counted(len(main), 'other slice')}: keep one orientation a series"
         )
-    return main, [f"dropped {_count(number, 'slice')} of another orientation"] if odd else []
+    return main, [f"dropped {counted(number, 'slice')} of another orientation"] if odd else []
 
 
 def check_alike(frames: Sequence[Frame]) -> None:
@@ -259,12 +264,22 @@ def check_alike(frames: Sequence[Frame]) -> None:
             )
 
 
-def _pixel_digest(frame: Frame) -> tuple[bytes, float, float]:
-    for index, payload in enumerate(payloads(frame.file, frame.layout)):
-        if index == frame.index:
-            digest = hashlib.sha256(payload).digest()
-            return digest, frame.rescale.slope, frame.rescale.intercept
-    raise SeriesError(f"{frame.name}: the frame is missing: copy the file again")
+class _Digests:
+    """Digests of the pixels of frames; a file of many frames is read once for all of them."""
+
+    def __init__(self) -> None:
+        self._of_file: dict[Path, list[bytes]] = {}
+
+    def same(self, a: Frame, b: Frame) -> bool:
+        scales = [(frame.rescale.slope, frame.rescale.intercept) for frame in (a, b)]
+        return scales[0] == scales[1] and self._of(a) == self._of(b)
+
+    def _of(self, frame: Frame) -> bytes:
+        path = frame.file.path
+        if path not in self._of_file:
+            stored = payloads(frame.file, frame.layout)
+            self._of_file[path] = [hashlib.sha256(payload).digest() for payload in stored]
+        return self._of_file[path][frame.index]
 
 
 def in_order(frames: Sequence[Frame]) -> tuple[list[Frame], list[str]]:
@@ -278,20 +293,20 @@ def in_order(frames: Sequence[Frame]) -> tuple[list[Frame], list[str]]:
     kept: list[Frame] = []
     last = -np.inf
     copies = 0
+    digests = _Digests()
     for i in map(int, order):
         if depth[i] - last > SAME_PLACE_MM:
             kept.append(frames[i])
             last = depth[i]
-        elif _is_copy(kept[-1], frames[i]):
+        elif _near(kept[-1], frames[i]) and digests.same(kept[-1], frames[i]):
             copies += 1
         else:
             raise SeriesError(
                 f"{kept[-1].name} and {frames[i].name} lie at one position with different pixels: "
                 "give one phase of the scan, or one reconstruction"
             )
-    return kept, [f"dropped {_count(copies, 'slice')} given twice"] if copies else []
+    return kept, [f"dropped {counted(copies, 'slice')} given twice"] if copies else []
 
 
-def _is_copy(a: Frame, b: Frame) -> bool:
-    apart = np.linalg.norm(np.subtract(a.position, b.position))
-    return bool(apart <= tolerance(0)) and _pixel_digest(a) == _pixel_digest(b)
+def _near(a: Frame, b: Frame) -> bool:
+    return bool(np.linalg.norm(np.subtract(a.position, b.position)) <= tolerance(0))

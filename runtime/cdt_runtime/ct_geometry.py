@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cdt_runtime.dicom_frame import MAX_SPACING_MM, MAX_VOXELS, MIN_SPACING_MM, Frame, Vector
+from cdt_runtime.dicom_header import EXPORT_AGAIN
 from cdt_runtime.errors import SeriesError
 
 Array = npt.NDArray[np.float64]
@@ -80,6 +81,16 @@ def along(frames: Sequence[Frame], normal: Array) -> Array:
 def tolerance(gap: float) -> float:
     """Jitter of slice positions that scanners and rounding make, in mm."""
     return max(0.01 * gap, 0.1)
+
+
+def _check_spacing(gap: float) -> None:
+    """Before the gaps are compared: no resampling mends slices that are all too far apart."""
+    if not MIN_SPACING_MM <= gap <= MAX_SPACING_MM:
+        cure = "give the full series" if gap > MAX_SPACING_MM else EXPORT_AGAIN
+        raise SeriesError(
+            f"slice spacing is {gap:.4g} mm, expected {MIN_SPACING_MM} to {MAX_SPACING_MM:g} mm: "
+            f"{cure}"
+        )
 
 
 def _check_shift(frames: Sequence[Frame], normal: Array, gap: float) -> None:
@@ -160,6 +171,7 @@ def _single(frame: Frame) -> tuple[float, tuple[float, ...], list[str]]:
         raise SeriesError(
             f"{frame.name}: SliceThickness is missing, a lone slice needs it: add slices"
         )
+    _check_spacing(thickness)
     return thickness, (0.0,), ["one slice only: its SliceThickness was taken as the slice spacing"]
 
 
@@ -188,21 +200,19 @@ def geometry_of(frames: Sequence[Frame], allow_resample: bool) -> tuple[Geometry
         The geometry and the warnings to report.
 
     Raises:
-        SeriesError: gaps differ, the gantry was tilted, or the series is not axial.
+        SeriesError: gaps differ or are out of range, the gantry was tilted, or the series is not
+            axial.
     """
     first = frames[0]
     normal = headward_normal(first)
     depth = along(frames, normal)
     if len(frames) > 1:
-        _check_shift(frames, normal, float(np.median(np.diff(depth))))
+        median = float(np.median(np.diff(depth)))
+        _check_spacing(median)
+        _check_shift(frames, normal, median)
         gap, at, warnings = _grid(frames, depth, allow_resample)
     else:
         gap, at, warnings = _single(first)
-    if not MIN_SPACING_MM <= gap <= MAX_SPACING_MM:
-        raise SeriesError(
-            f"slice spacing is {gap:.4g} mm, expected {MIN_SPACING_MM} to {MAX_SPACING_MM:g} mm: "
-            "give the full series"
-        )
     swap, flip, y, x = _in_plane(first)
     rows, columns = first.layout.rows, first.layout.columns
     height, width = (columns, rows) if swap else (rows, columns)

@@ -24,6 +24,7 @@ from cdt_runtime.dicom_header import (
     PixelFile,
 )
 from cdt_runtime.errors import SeriesError
+from cdt_runtime.printable import counted
 
 MAX_SIDE = 4096
 """Rows and Columns; CT scanners write 512 to 2048."""
@@ -166,9 +167,10 @@ def _check_pixel_bytes(header: Header, layout: PixelLayout) -> None:
             f"{layout.frames} frames x {layout.bits_allocated} bits)",
         )
     if not file.syntax.deflated and file.offset + needed > file.size:
+        missing = counted(file.offset + needed - file.size, "byte")
         raise SeriesError(
-            f"{file.name}: the file ends {file.offset + needed - file.size} bytes before its "
-            "pixels do: it is cut short, copy it again"
+            f"{file.name}: the file ends {missing} before its pixels do: it is cut short, copy it "
+            "again"
         )
 
 
@@ -269,7 +271,8 @@ def _frame_fields(header: Header, frames: int) -> Iterator[Fields]:
         return
     if len(own) != frames:
         raise top.error(
-            "PerFrameFunctionalGroupsSequence", f"has {len(own)} items, expected {frames}"
+            "PerFrameFunctionalGroupsSequence",
+            f"has {counted(len(own), 'item')}, expected {frames}",
         )
     common = _groups(top.name, shared)
     for index, item in enumerate(own):

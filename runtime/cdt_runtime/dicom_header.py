@@ -2,18 +2,16 @@
 
 pydicom splits the file into elements; everything that is used is then read through `Fields`, which
 turns a missing or bad value into one line that names the file and the attribute, never the value:
-header text can hold a patient's name, and pydicom's own warnings print it (see `quiet`).
+header text can hold a patient's name, and pydicom's own warnings print it (see `dicom_quiet`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
-import logging
 import math
 import os
 import struct
-import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,9 +20,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from cdt_runtime.errors import SeriesError
+from cdt_runtime.printable import reason
 
 MAX_INFLATED = 512 << 20
 """Bytes that a deflated file may unpack to."""
+
+HEAD_BYTES = 132
+"""The preamble and the DICM mark."""
 
 PIXEL_TAGS = frozenset({0x7FE00008, 0x7FE00009, 0x7FE00010})
 PIXEL_DATA = 0x7FE00010
@@ -64,33 +66,19 @@ SYNTAXES: dict[str, Syntax] = {
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Keeps pydicom from printing or warning: its messages quote header values."""
-    from pydicom import config
-
-    logger = logging.getLogger("pydicom")
-    was_disabled, mode = logger.disabled, config.settings.reading_validation_mode
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        logger.disabled = True
-        config.settings.reading_validation_mode = config.IGNORE
-        try:
-            yield
-        finally:
-            logger.disabled = was_disabled
-            config.settings.reading_validation_mode = mode
-
-
-def printable(name: str) -> str:
-    """A file name as one line: control characters and broken bytes become `?`."""
-    return "".join(c if c.isprintable() else "?" for c in name)
+def reading(name: str, cure: str = "check its permissions, or copy it again") -> Iterator[None]:
+    """Whatever the system says about a file becomes a SeriesError of one line."""
+    try:
+        yield
+    except OSError as error:
+        raise SeriesError(f"{name} can't be read ({reason(error)}): {cure}") from None
 
 
 class Fields:
     """Checked access to the attributes of one file or of one frame in it.
 
     Args:
-        name: how messages call the file.
+        name: how messages call the file or frame.
         sources: pydicom data sets; the first that holds an attribute wins.
     """
 
@@ -218,11 +206,20 @@ class Header:
         """A DICOMDIR: a table of files, which is never followed."""
         return "DirectoryRecordSequence" in self.data
 
-    def patient_key(self) -> str:
-        """Equal for files of one patient; empty where the file does not say. Never shown."""
-        fields = self.fields
-        text = fields.text("PatientID") or fields.text("PatientName")
-        return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest() if text else ""
+    def patient(self) -> dict[str, str]:
+        """A digest for each attribute that tells the patient, where the file has it. Never shown.
+
+        Names are told apart by their letters alone: writers differ in capitals and separators.
+        """
+        names = {
+            "PatientID": self.fields.text("PatientID"),
+            "PatientName": "".join(filter(str.isalnum, self.fields.text("PatientName").casefold())),
+        }
+        return {
+            keyword: hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()
+            for keyword, text in names.items()
+            if text
+        }
 
 
 class _AtPixels:
@@ -239,6 +236,15 @@ class _AtPixels:
         self.tag, self.length = int(tag), length
         self.header_bytes = 12 if (vr or "").encode("latin-1") in LONG_VRS else 8
         return True
+
+
+def looks_like_dicom(head: bytes) -> bool:
+    """Whether a file with these first HEAD_BYTES is worth parsing: the DICM mark or a data set."""
+    return _is_marked(head) or _is_data_set_start(head)
+
+
+def _is_marked(head: bytes) -> bool:
+    return head[128:132] == b"DICM"
 
 
 def _is_data_set_start(head: bytes) -> bool:
@@ -331,11 +337,11 @@ def read_header(path: Path, name: str) -> Header | None:
         SeriesError: the file bears the DICM mark and does not parse.
     """
     with path.open("rb") as stream:
-        head = stream.read(132)
-        marked = head[128:] == b"DICM"
-        if not marked and not _is_data_set_start(head):
+        head = stream.read(HEAD_BYTES)
+        if not looks_like_dicom(head):
             return None
-        stream.seek(132 if marked else 0)
+        marked = _is_marked(head)
+        stream.seek(HEAD_BYTES if marked else 0)
         uid = _read_meta(stream, name)
         syntax, start, stat = (
             _syntax_of(uid, stream, name),

@@ -1,11 +1,9 @@
 """The pixels of a frame -> HU. Codecs are imagecodecs', whose decoders release the GIL.
 
-A decoder believes the size that the compressed stream states, and some return what they have when
-the stream ends early. So the size is compared with the header before anything is decoded, and a
-stream without its end mark is refused.
+The size that a compressed stream states is compared with the header before anything is decoded,
+and a stream without its end mark is refused (see `codestream`).
 
-Source: DICOM PS3.5 A.4 and annex G (RLE); ITU-T T.81 B.2.2, T.87 C.2.2 (frame headers); T.800
-A.5.1.
+Source: DICOM PS3.5 A.4 and annex G (RLE).
 """
 
 from __future__ import annotations
@@ -19,9 +17,11 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from cdt_runtime.codestream import CodestreamError, jpeg2000_head, jpeg_head
 from cdt_runtime.dicom_frame import Frame, PixelLayout
-from cdt_runtime.dicom_header import PixelFile, inflate
+from cdt_runtime.dicom_header import PixelFile, inflate, reading
 from cdt_runtime.errors import MissingDependencyError, SeriesError
+from cdt_runtime.printable import counted
 
 AIR_HU = -1024.0
 """What stands where nothing was measured, and the lowest value that a volume holds."""
@@ -30,50 +30,26 @@ TISSUE_HU = (-900.0, 3000.0)
 
 Array = npt.NDArray[Any]
 
-JPEG_END, J2K_START, J2K_END = b"\xff\xd9", b"\xff\x4f\xff\x51", b"\xff\xd9"
-
 
 def _damaged(name: str, what: str) -> SeriesError:
     return SeriesError(f"{name}: {what}: copy the file again or export the series uncompressed")
 
 
-def _jpeg_size(data: bytes) -> tuple[int, int, int] | None:
-    """Rows, columns and components in the frame header of a JPEG or JPEG-LS stream."""
-    at = 2
-    while at + 10 <= len(data) and data[at] == 0xFF:
-        marker = data[at + 1]
-        if marker == 0xF7 or (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)):
-            rows, columns, components = struct.unpack_from(">HHB", data, at + 5)
-            return rows, columns, components
-        at += 1 if marker == 0xFF else 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-    return None
-
-
-def _j2k_size(data: bytes) -> tuple[int, int, int] | None:
-    """The same of a JPEG 2000 codestream, bare or in a JP2 box."""
-    start = data.find(J2K_START, 0, 4096)
-    if start < 0 or len(data) < start + 42:
-        return None
-    width, height, left, top = struct.unpack_from(">4I", data, start + 8)
-    components = struct.unpack_from(">H", data, start + 40)[0]
-    return height - top, width - left, components
-
-
 def _check_stream(data: bytes, frame: Frame) -> None:
     """The stream's own size, and its end."""
-    layout = frame.layout
-    j2k = frame.file.syntax.codec == "JPEG 2000"
-    size = _j2k_size(data) if j2k else _jpeg_size(data)
-    if size is None:
-        raise _damaged(frame.name, f"the {frame.file.syntax.codec} stream has no frame header")
-    if size != (layout.rows, layout.columns, 1):
+    layout, codec = frame.layout, frame.file.syntax.codec
+    try:
+        head = jpeg2000_head(data) if codec == "JPEG 2000" else jpeg_head(data)
+    except CodestreamError as error:
+        raise _damaged(frame.name, f"the {codec} stream has {error}") from None
+    if (head.height, head.width, head.components) != (layout.rows, layout.columns, 1):
         raise _damaged(
             frame.name,
-            f"the compressed image is {size[0]} x {size[1]} x {size[2]}, Rows x Columns say "
-            f"{layout.rows} x {layout.columns} x 1",
+            f"the compressed image is {head.height} x {head.width} x {head.components}, "
+            f"Rows x Columns say {layout.rows} x {layout.columns} x 1",
         )
-    if not data.rstrip(b"\0").endswith(J2K_END if j2k else JPEG_END):
-        raise _damaged(frame.name, f"the {frame.file.syntax.codec} stream is cut short")
+    if not head.end or data[head.end :].strip(b"\0"):
+        raise _damaged(frame.name, f"the {codec} stream is cut short")
 
 
 def _decode_rle(codecs: Any, data: bytes, layout: PixelLayout) -> Array:
@@ -181,7 +157,7 @@ def _open_pixels(file: PixelFile) -> BinaryIO:
 
 def payloads(file: PixelFile, layout: PixelLayout) -> Iterator[bytes]:
     """The bytes of each frame as they are stored, compressed or not; call it inside `quiet`."""
-    with _open_pixels(file) as stream:
+    with reading(file.name), _open_pixels(file) as stream:
         stream.seek(file.offset)
         if not file.syntax.codec:
             for _ in range(layout.frames):
@@ -198,7 +174,8 @@ def _fragments(data: bytes, file: PixelFile, frames: int) -> list[bytes]:
     except Exception:  # any kind: the bytes can be anything
         raise _damaged(file.name, "the compressed pixels are not in frames") from None
     if len(found) != frames:
-        raise _damaged(file.name, f"{len(found)} compressed frames, NumberOfFrames says {frames}")
+        count = counted(len(found), "compressed frame")
+        raise _damaged(file.name, f"{count}, NumberOfFrames says {frames}")
     return found
 
 

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from cdt_runtime.codestream import jpeg_head
 from cdt_runtime.errors import TileError
 from cdt_runtime.raster import Raster, drop_alpha, plausible_mpp, turn
-from cdt_runtime.tile_limits import check_bytes, check_pixels, jpeg_frame
+from cdt_runtime.tile_limits import check_bytes, check_pixels
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -112,14 +113,15 @@ def read_jpeg(data: bytes) -> Raster:
     Raises:
         TileError: The file is damaged, too large, CMYK or of 12 bits.
     """
-    frame = jpeg_frame(data)
+    with _damage_named("JPEG"):
+        frame = jpeg_head(data)
     check_pixels(frame.height, frame.width)
     if frame.bits != 8 or frame.components not in (1, 3):
         kind = "CMYK" if frame.components == 4 else f"{frame.components} components"
         raise TileError(
             f"is a JPEG of {kind}, {frame.bits} bits; expected gray or RGB of 8: convert it"
         )
-    if frame.end < 0:
+    if not frame.end:
         raise TileError("ends before its end mark: truncated; fetch it again")
     with _opened(data, "JPEG") as image:
         return _raster(image, _pixels(image), 8)

@@ -9,6 +9,7 @@ import numpy as np
 
 from cdt_runtime.errors import TileError
 from cdt_runtime.markers import is_placeholder
+from cdt_runtime.printable import printable
 from cdt_runtime.raster import Raster, drop_alpha, plausible_mpp, turn
 from cdt_runtime.tiff_ifd import Ifd, scan
 from cdt_runtime.tiff_meta import Layout, layout
@@ -120,13 +121,10 @@ def _check_photometric(page: Page) -> None:
 
 def _names(planes: Layout) -> tuple[str, ...] | None:
     """The channel names that the file gives; None where some only count."""
-    names = tuple(_printable(name) for name in planes.names or ())
+    names = tuple(
+        printable(" ".join(name.split()), instead="", most=80) for name in planes.names or ()
+    )
     return None if not names or any(map(is_placeholder, names)) else names
-
-
-def _printable(name: str) -> str:
-    """A channel name that fits on one line of a message."""
-    return "".join(letter for letter in " ".join(name.split()) if letter.isprintable())[:80]
 
 
 def _one_page(page: Page, named: tuple[str, ...] | None, wanted: int) -> _Samples:

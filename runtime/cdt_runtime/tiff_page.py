@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from cdt_runtime.codestream import jpeg2000_head, jpeg_head, webp_size
 from cdt_runtime.errors import TileError
 from cdt_runtime.tiff_ifd import Ifd
-from cdt_runtime.tile_limits import check_bytes, check_pixels, jpeg_frame, stream_size
+from cdt_runtime.tile_limits import check_bytes, check_pixels
 
 MAX_SEGMENTS = 100_000
 
@@ -251,7 +252,7 @@ def _decode_image(page: Page, data: bytes, need: tuple[int, int, int]) -> np.nda
     import imagecodecs
 
     limit = 4 * page.segment[0] * page.segment[1] + 4096  # encoders may pad to whole blocks
-    height, width = stream_size(data, page.compression)
+    height, width = _stream_size(page, data)
     if height < need[0] or width < need[1] or height * width > limit:
         raise TileError(
             f"a {page.compression} segment of {width} x {height} pixels stands where "
@@ -269,15 +270,25 @@ def _decode_image(page: Page, data: bytes, need: tuple[int, int, int]) -> np.nda
     return np.asarray(image)
 
 
-def _decode_jpeg(page: Page, data: bytes) -> np.ndarray:
-    """JPEG to RGB or gray.
+def _stream_size(page: Page, data: bytes) -> tuple[int, int]:
+    """(height, width) that the segment announces.
 
     libjpeg fills what is missing with gray and only warns, hence the test for the end marker.
     """
+    if page.compression == "WebP":
+        return webp_size(data)
+    head = jpeg_head(data) if page.compression == "JPEG" else jpeg2000_head(data)
+    if not head.end:
+        raise TileError(
+            f"a {page.compression} segment ends before its end marker: truncated; fetch it again"
+        )
+    return head.height, head.width
+
+
+def _decode_jpeg(page: Page, data: bytes) -> np.ndarray:
+    """JPEG to RGB or gray."""
     import imagecodecs
 
-    if jpeg_frame(data).end < 0:
-        raise TileError("a JPEG segment ends before its end marker: truncated; fetch it again")
     source = target = None
     if page.planar:
         target = 1

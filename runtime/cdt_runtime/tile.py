@@ -17,6 +17,7 @@ import numpy as np
 
 from cdt_runtime.errors import TileError
 from cdt_runtime.markers import canonical, find_channel, is_marker, names_of_stems, spelling
+from cdt_runtime.printable import counted, last_part, printable
 
 if TYPE_CHECKING:
     import os
@@ -71,7 +72,7 @@ def read_tile(
         TileError: The tile can't be used; the message names the file, the fault and the cure.
     """
     path = Path(path)
-    name = _shown(path)
+    name = last_part(path)
     try:
         raster, sha256 = _read(path, len(channels or ()))
         raster = _named(raster, channels)
@@ -196,7 +197,7 @@ def _read_folder(folder: Path, wanted: int) -> tuple[Raster, str]:
         (path for path in folder.iterdir() if _is_image(path)), key=lambda path: path.name
     )
     if not paths:
-        below = sorted(path.name for path in folder.iterdir() if path.is_dir())[:3]
+        below = sorted(printable(path.name) for path in folder.iterdir() if path.is_dir())[:3]
         hint = f"; it has the folders {', '.join(below)}: name one region" if below else ""
         raise TileError(f"is a folder without TIFF, PNG or JPEG images{hint}")
     if len(paths) > MAX_MARKER_FILES:
@@ -206,7 +207,8 @@ def _read_folder(folder: Path, wanted: int) -> tuple[Raster, str]:
     names = names_of_stems([path.name.split(".")[0] for path in paths])
     members = [_read_member(path, 1) for path in paths]
     digest = hashlib.sha256("".join(sha for _, sha in members).encode()).hexdigest()
-    return _stack([raster for raster, _ in members], names, [path.name for path in paths]), digest
+    files = [printable(path.name) for path in paths]
+    return _stack([raster for raster, _ in members], names, files), digest
 
 
 def _is_image(path: Path) -> bool:
@@ -217,7 +219,7 @@ def _read_member(path: Path, wanted: int) -> tuple[Raster, str]:
     try:
         return _read_file(path, wanted)
     except TileError as error:
-        raise TileError(f"{_shown(path)}: {error}") from error
+        raise TileError(f"{last_part(path)}: {error}") from error
 
 
 def _stack(rasters: Sequence[Raster], names: Sequence[str], files: Sequence[str]) -> Raster:
@@ -260,12 +262,11 @@ def _form(raster: Raster) -> str:
 def _named(raster: Raster, given: Sequence[str] | None) -> Raster:
     """Put the caller's names on a file without names; check them against a file with names."""
     count = raster.pixels.shape[2]
+    has = f"has {counted(count, 'channel')}"
     if given is not None and len(given) != count:
-        raise TileError(f"has {count} channels but --channels names {len(given)}: name each once")
+        raise TileError(f"{has} but --channels names {len(given)}: name each once")
     if given is None and raster.names is None:
-        raise TileError(
-            f"has {count} channels without names: name them in the file's order with --channels"
-        )
+        raise TileError(f"{has} without names: name them in the file's order with --channels")
     names = raster.names if given is None else tuple(given)
     assert names is not None
     if len(set(map(spelling, names))) != len(names):
@@ -302,9 +303,3 @@ def _scaled(raster: Raster, mpp: float | None) -> Raster:
         note = "no resolution in the file: give it with --mpp"
         return replace(raster, warnings=(*raster.warnings, note))
     return raster
-
-
-def _shown(path: Path) -> str:
-    """The last part of a path, printable on one line."""
-    name = path.name or path.resolve().name
-    return "".join(letter if letter.isprintable() else "?" for letter in name)

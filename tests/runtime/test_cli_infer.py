@@ -154,7 +154,7 @@ def write_rgb(path: Path) -> Path:
         (("{tile}",), "tumor_stroma_1.tif: CT_DIR comes first and is a folder of DICOM slices, "),
         (("empty", "{tile}"), "no DICOM images in empty (0 files seen): give the folder that"),
         (("text", "{tile}"), "no DICOM images in text (1 file seen): give the folder that"),
-        (("gone", "{tile}"), "gone is not a folder: give the folder that holds the CT series"),
+        (("gone", "{tile}"), "gone: no such folder: give the folder that holds the CT series"),
         (("{ct}", "rgb.png"), "rgb.png"),
         (("{ct}", "none.tif"), "none.tif"),
         (("{ct}", "text/notes.txt"), "notes.txt"),

@@ -127,15 +127,16 @@ BAD: dict[str, Bad] = {
         after=lambda folder: (emptied(folder), (folder / "l").symlink_to(folder)),
     ),
     "DICM mark, no header": Bad(
-        r"junk: Modality is missing, the header may be cut short: copy it again",
+        r"file 9 of 9 \(junk\): Modality is missing, the header may be cut short: copy it again",
         after=written("junk", bytes(128) + b"DICM"),
     ),
     "DICM mark, damaged meta": Bad(
-        r"junk: the file meta group is damaged",
+        r"file 9 of 9 \(junk\): the file meta group is damaged",
         after=written("junk", bytes(128) + b"DICM\2\0\x10" + bytes(9)),
     ),
     "named .dcm but not": Bad(
-        r"x\.dcm: not a DICOM file in spite of its name", after=written("x.dcm", b"hello" * 99)
+        r"file 9 of 9 \(x\.dcm\): not a DICOM file in spite of its name",
+        after=written("x.dcm", b"hello" * 99),
     ),
     "two series": Bad(
         rf"case holds 2 CT series: {SERIES} \(8 slices\), 1\.2\.3 \(1 slice\): choose one with "
@@ -151,9 +152,14 @@ BAD: dict[str, Bad] = {
         options={"series_uid": "1.2.3"},
     ),
     "two patients": Bad(
-        r"case holds 2 patients \(PatientID differs between 001\.dcm and extra\.dcm\): keep one",
+        r"case holds 2 patients \(PatientID differs between file 1 of 9 \(001\.dcm\) and "
+        r"file 9 of 9 \(extra\.dcm\)\): keep one patient a folder",
         after=another(PatientID="SECRET^OTHER"),
         options={"series_uid": SERIES},
+    ),
+    "two patients by their names": Bad(
+        r"case holds 2 patients \(PatientName differs between file 1 of 9 \(001\.dcm\) and ",
+        after=another(PatientID="", PatientName="SECRET^OTHER"),
     ),
     "only localizers": Bad(
         r"no CT slices in .*, only 8 localizers: expected files whose Modality is CT",
@@ -161,16 +167,18 @@ BAD: dict[str, Bad] = {
     ),
     "not CT": Bad(r"only 8 files of another modality: expected", change=every(Modality="MR")),
     "two orientations": Bad(
-        r"005\.dcm: ImageOrientationPatient differs from 4 other slices: keep one orientation",
+        r"005\.dcm\): ImageOrientationPatient differs from 4 other slices: keep one orientation",
         change=lambda ds, i: i > 3 and setattr(ds, "ImageOrientationPatient", FACE_ON),
     ),
     "one place, two images": Bad(
-        r"005\.dcm and extra\.dcm lie at one position with different pixels: give one phase",
+        r"file 5 of 9 \(005\.dcm\) and file 9 of 9 \(extra\.dcm\) lie at one position with "
+        r"different pixels: give one phase",
         after=another(RescaleIntercept=1),
     ),
     "missing slices": Bad(
-        r"slice gap 7\.5 mm at index 4, expected 2\.5 mm: find what is missing between 004\.dcm "
-        r"and 003\.dcm, or interpolate with --allow-resample",
+        r"slice gap 7\.5 mm at index 4, expected 2\.5 mm: find what is missing between "
+        r"file 4 of 8 \(004\.dcm\) and file 3 of 8 \(003\.dcm\), or interpolate with "
+        r"--allow-resample",
         change=positions(*(GAP * (i + 2 * (i > 4)) for i in range(8))),
     ),
     "gaps that drift": Bad(
@@ -182,9 +190,23 @@ BAD: dict[str, Bad] = {
         r"slice spacing is 12 mm, expected 0\.05 to 10 mm: give the full series",
         change=positions(*(12 * i for i in range(8))),
     ),
+    "slices far apart and uneven": Bad(
+        r"slice spacing is 12 mm, expected 0\.05 to 10 mm: give the full series",
+        change=positions(0, 12, 24, 30, 42, 54, 66, 78),
+    ),
+    "slices too near": Bad(
+        r"slice spacing is 0\.003 mm, expected 0\.05 to 10 mm: export the series again",
+        change=positions(*(0.003 * i for i in range(8))),
+        options={"allow_resample": True},
+    ),
     "a gap too wide to fill": Bad(
-        r"slice gap 9e\+04 mm between 002\.dcm and 001\.dcm is too wide to resample to 0\.003 mm",
-        change=positions(*(0.003 * i for i in range(7)), 9e4),
+        r"slice gap 9e\+04 mm between file 2 of 8 \(002\.dcm\) and file 1 of 8 \(001\.dcm\) is too "
+        r"wide to resample to 0\.05 mm",
+        change=lambda ds, i: (
+            positions(*(0.05 * i for i in range(7)), 9e4)(ds, i),
+            every(Rows=32, Columns=32)(ds, i),
+            set_pixels(ds, np.zeros((32, 32), np.int16)),
+        ),
         options={"allow_resample": True},
     ),
     "gantry tilt": Bad(
@@ -194,15 +216,15 @@ BAD: dict[str, Bad] = {
         ),
     ),
     "a shifted slice": Bad(
-        r"003\.dcm: slice shifted sideways by 4\.00 mm at index 5, expected at most 0\.10 mm",
+        r"003\.dcm\): slice shifted sideways by 4\.00 mm at index 5, expected at most 0\.10 mm",
         change=only(5, ImagePositionPatient=[-14, -20, 100 + 5 * GAP]),
     ),
     "no position": Bad(
-        r"001\.dcm: ImagePositionPatient is missing, a CT slice needs it: export",
+        r"001\.dcm\): ImagePositionPatient is missing, a CT slice needs it: export",
         change=without("ImagePositionPatient"),
     ),
     "no orientation": Bad(
-        r"001\.dcm: ImageOrientationPatient is missing", change=without("ImageOrientationPatient")
+        r"001\.dcm\): ImageOrientationPatient is missing", change=without("ImageOrientationPatient")
     ),
     "position of two numbers": Bad(
         r"ImagePositionPatient is not 3 finite numbers", change=only(5, ImagePositionPatient=[1, 2])
@@ -215,7 +237,7 @@ BAD: dict[str, Bad] = {
         ),
     ),
     "no rescale, no value below zero": Bad(
-        r"008\.dcm: RescaleIntercept is missing and no value lies below 0, so they can't be HU",
+        r"008\.dcm\): RescaleIntercept is missing and no value lies below 0, so they can't be HU",
         change=lambda ds, i: (
             without("RescaleIntercept")(ds, i),
             set_pixels(ds, values(i) + 1100),
@@ -235,7 +257,7 @@ BAD: dict[str, Bad] = {
         change=every(ModalityLUTSequence=Sequence([item(ModalityLUTType="HU")])),
     ),
     "padding of 32 bits": Bad(
-        r"003\.dcm: PixelPaddingValue does not fit 16 bits",
+        r"003\.dcm\): PixelPaddingValue does not fit 16 bits",
         change=lambda ds, i: i == 5 and ds.add_new("PixelPaddingValue", "SL", 1 << 20),
     ),
     "MONOCHROME1": Bad(
@@ -248,28 +270,29 @@ BAD: dict[str, Bad] = {
     ),
     "colour": Bad(r"SamplesPerPixel is not 1", change=every(SamplesPerPixel=3)),
     "Rows differ": Bad(
-        r"003\.dcm: Rows x Columns is 5 x 8, expected 6 x 8 as in the other slices: take",
+        r"003\.dcm\): Rows x Columns is 5 x 8, expected 6 x 8 as in the other slices: take",
         change=only(5, Rows=5),
     ),
     "spacing differs": Bad(
-        r"003\.dcm: PixelSpacing is 0\.75 x 0\.6 mm, expected 0\.75 x 0\.5 mm",
+        r"003\.dcm\): PixelSpacing is 0\.75 x 0\.6 mm, expected 0\.75 x 0\.5 mm",
         change=only(5, PixelSpacing=[0.75, 0.6]),
     ),
     "spacing zero": Bad(
-        r"003\.dcm: PixelSpacing is 0 mm, expected 0\.05 to 10 mm",
+        r"003\.dcm\): PixelSpacing is 0 mm, expected 0\.05 to 10 mm",
         change=only(5, PixelSpacing=[0.75, 0]),
     ),
     "spacing negative": Bad(
         r"PixelSpacing is -1 mm, expected 0\.05 to 10 mm", change=every(PixelSpacing=[-1, 1])
     ),
     "spacing NaN": Bad(
-        r"003\.dcm: PixelSpacing is not 2 finite numbers", after=patched(rb"0.75\0.5", rb"0.75\nan")
+        r"003\.dcm\): PixelSpacing is not 2 finite numbers",
+        after=patched(rb"0.75\0.5", rb"0.75\nan"),
     ),
     "spacing infinite": Bad(
-        r"003\.dcm: PixelSpacing is not 2 finite", after=patched(rb"0.75\0.5", rb"0.75\inf")
+        r"003\.dcm\): PixelSpacing is not 2 finite", after=patched(rb"0.75\0.5", rb"0.75\inf")
     ),
     "spacing text": Bad(
-        r"003\.dcm: PixelSpacing (is not 2 finite|can't be read)",
+        r"003\.dcm\): PixelSpacing (is not 2 finite|can't be read)",
         after=patched(rb"0.75\0.5", rb"SECRET\5"),
     ),
     "orientation not unit": Bad(
@@ -289,21 +312,24 @@ BAD: dict[str, Bad] = {
         change=every(ImageOrientationPatient=SIDE_ON),
     ),
     "too few": Bad(r"the series has 7 slices, expected at least 8: give the full series", count=7),
+    "one is too few": Bad(r"the series has 1 slice, expected at least 8: give", count=1),
     "lone slice, no thickness": Bad(
-        r"001\.dcm: SliceThickness is missing, a lone slice needs it",
+        r"001\.dcm\): SliceThickness is missing, a lone slice needs it",
         change=without("SliceThickness"),
         count=1,
         options={"min_slices": 1},
     ),
-    "zero bytes": Bad(r"004: the file is empty: copy it again", after=written("004", b"")),
+    "zero bytes": Bad(
+        r"file 4 of 9 \(004\): the file is empty: copy it again", after=written("004", b"")
+    ),
     "pixels cut": Bad(
-        r"003\.dcm: the file ends 10 bytes before its pixels do: it is cut short, copy it again",
+        r"003\.dcm\): the file ends 10 bytes before its pixels do: it is cut short, copy it again",
         after=cut("003.dcm", -10),
     ),
     "header cut": Bad(
-        r"003\.dcm: PixelData is missing, the file may be cut short", after=cut("003.dcm", -112)
+        r"003\.dcm\): PixelData is missing, the file may be cut short", after=cut("003.dcm", -112)
     ),
-    "preamble only": Bad(r"003\.dcm: Modality is missing", after=cut("003.dcm", 132)),
+    "preamble only": Bad(r"003\.dcm\): Modality is missing", after=cut("003.dcm", 132)),
     "pixels too few": Bad(
         r"PixelData is 96 bytes, expected 192 \(12 x 8 x 1 frames x 16 bits\)",
         change=every(Rows=12),
@@ -320,7 +346,7 @@ BAD: dict[str, Bad] = {
         change=only(5, NumberOfFrames=2000000000),
     ),
     "frames without groups": Bad(
-        r"003\.dcm: PerFrameFunctionalGroupsSequence has 0 items, expected 2",
+        r"003\.dcm\): PerFrameFunctionalGroupsSequence has 0 items, expected 2",
         change=lambda ds, i: (
             i == 5 and (setattr(ds, "NumberOfFrames", 2), set_pixels(ds, np.stack([values(i)] * 2)))
         ),
@@ -341,12 +367,12 @@ BAD: dict[str, Bad] = {
         ),
     ),
     "deflated bomb": Bad(
-        r"003\.dcm: the deflated data unpacks to more than 512 MB, the limit",
+        r"003\.dcm\): the deflated data unpacks to more than 512 MB, the limit",
         after=bomb,
         syntax=uids.DeflatedExplicitVRLittleEndian,
     ),
     "deflated, cut": Bad(
-        r"003\.dcm: the deflated data is cut short",
+        r"003\.dcm\): the deflated data is cut short",
         after=cut("003.dcm", -20),
         syntax=uids.DeflatedExplicitVRLittleEndian,
     ),
@@ -355,7 +381,7 @@ BAD: dict[str, Bad] = {
         change=compressed(b"\0\0\1\xb3", "1.2.840.10008.1.2.4.100"),
     ),
     "compressed, not so named": Bad(
-        r"003\.dcm: PixelData does not agree with the transfer syntax",
+        r"003\.dcm\): PixelData does not agree with the transfer syntax",
         change=compressed(LS_STREAM),
         after=patched(b"1.2.840.10008.1.2.4.80", b"1.2.840.10008.1.2.1\0\0\0"),
     ),
@@ -378,7 +404,7 @@ BAD: dict[str, Bad] = {
         change=compressed(rle(values(0))[:100], uids.RLELossless),
     ),
     "frames too few": Bad(
-        r"extra: 7 compressed frames, NumberOfFrames says 8: copy the file again",
+        r"\(extra\): 7 compressed frames, NumberOfFrames says 8: copy the file again",
         after=enhanced_with_7_streams,
     ),
 }
@@ -395,4 +421,5 @@ def test_bad_input(case: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) 
     message = str(caught.value)
     assert "\n" not in message
     assert "SECRET" not in message
+    assert "/" not in message
     assert not caplog.records
