@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -130,22 +130,23 @@ class TestTheSystemRefuses:
             scan_series(tmp_path)
 
 
+@pytest.fixture
+def nested(tmp_path: Path) -> Iterator[Path]:
+    """A folder with 1100 folders in each other; pytest could not remove them: it recurses."""
+    here = tmp_path
+    chain = [here := here / "d" for _ in range(1100)]
+    for folder in chain:
+        folder.mkdir()
+    yield tmp_path
+    for folder in reversed(chain):
+        folder.rmdir()
+
+
 class TestTheWalk:
-    def test_a_thousand_nested_folders(self, tmp_path: Path) -> None:
-        here = os.open(tmp_path, os.O_RDONLY)
-        try:
-            for _ in range(1100):
-                os.mkdir("d", dir_fd=here)
-                deeper = os.open("d", os.O_RDONLY, dir_fd=here)
-                os.close(here)
-                here = deeper
-        finally:
-            os.close(here)
-        write_series(tmp_path / "z")
-        assert len(scan_series(tmp_path).frames) == 8
-        assert holds_dicom(tmp_path)
-        shutil.rmtree(tmp_path / "z")
-        _remove_chain(tmp_path / "d", 1100)
+    def test_a_thousand_nested_folders(self, nested: Path) -> None:
+        write_series(nested / "z")
+        assert len(scan_series(nested).frames) == 8
+        assert holds_dicom(nested)
 
     def test_files_come_in_order_of_their_names(self, tmp_path: Path) -> None:
         names = ["a/2", "a/b/1", "a/c", "b", "c/0", "d"]
@@ -160,12 +161,6 @@ class TestTheWalk:
         monkeypatch.setattr(ct_folder, "MAX_FILES", 7)
         with pytest.raises(SeriesError, match=r"^case holds over 7 files: give the folder of one"):
             scan_series(tmp_path / "case")
-
-
-def _remove_chain(top: Path, depth: int) -> None:
-    """pytest's own clean-up is recursive."""
-    for number in range(depth, 0, -1):
-        os.rmdir(top.joinpath(*["d"] * (number - 1)))
 
 
 class TestHoldsDicom:
