@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import json
 import os
-import shutil
 import subprocess
 import sys
 import venv
@@ -33,6 +32,7 @@ FORBIDDEN = {
         "sklearn",
         "matplotlib",
         "pydantic",
+        "tifffile",
         "tqdm",
         "yaml",
     },
@@ -157,12 +157,9 @@ def test_the_base_distribution_infers_without_torch(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("command", "extra", "module"),
-    [("cdt-train", "train", "pydantic"), ("cdt-export", "export", "numpy|torch|onnx")],
-)
+@pytest.mark.parametrize(("command", "extra"), [("cdt-train", "train"), ("cdt-export", "export")])
 def test_a_missing_part_names_the_command_that_adds_it(
-    bare_python: Path, command: str, extra: str, module: str, tmp_path: Path
+    bare_python: Path, command: str, extra: str, tmp_path: Path
 ) -> None:
     result = subprocess.run(
         [bare_python.parent / command], capture_output=True, text=True, cwd=tmp_path
@@ -170,4 +167,3 @@ def test_a_missing_part_names_the_command_that_adds_it(
     assert result.returncode == 2
     assert result.stderr.count("\n") == 1
     assert f"which is not installed: pip install 'cdt-edge[{extra}]'" in result.stderr
-    assert shutil.which("pip") is not None

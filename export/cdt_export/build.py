@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,18 +20,18 @@ from cdt_export.parity import HeldOut
 from cdt_runtime import __version__
 from cdt_runtime.backends import Session, open_session
 from cdt_runtime.bundle import Bundle, encoder_identity, write_bundle
-from cdt_runtime.ct import read_series
 from cdt_runtime.errors import DatasetError
-from cdt_runtime.golden import GOLDEN, golden_inputs, golden_outputs, self_test
+from cdt_runtime.golden import GOLDEN, compare_golden, golden_inputs, golden_outputs
 from cdt_runtime.preprocess import Preprocess
 from cdt_runtime.prototypes import Prototypes
 from cdt_train.checkpoint import load_checkpoint, load_weights
 from cdt_train.config import Recipe, recipe_from
 from cdt_train.data import DATASETS
-from cdt_train.data.arrays import TileArrays, load_tiles
+from cdt_train.data.arrays import TileArrays, load_ct, load_tiles
 from cdt_train.fold import model_of
 from cdt_train.models.transfer_model import TransferModel
 from cdt_train.progress import bar
+from cdt_train.split import SUPPORT
 
 NEEDED = (
     "epoch",
@@ -122,9 +122,13 @@ def export_bundle(
     prototypes = fit_prototypes(trained, support, sessions["path_encoder"], encoder)
     files |= prototypes.to_files()
     files[GOLDEN] = golden_file(trained, graphs)
-    bundle = write_bundle(output, files, _facts(trained, graphs, record, precision))
-    self_test(bundle, "onnxruntime", tolerance=parity.TOLERANCES[precision].relative)
-    return bundle
+    compare_golden(
+        files[GOLDEN],
+        lambda name, inputs: sessions[name].run(inputs),
+        tolerance=parity.TOLERANCES[precision].relative,
+        what="the export",
+    )
+    return write_bundle(output, files, _facts(trained, graphs, record, precision))
 
 
 def prove(
@@ -165,31 +169,41 @@ def read_tiles(trained: Trained, data_dir: Path | None) -> tuple[TileArrays, Hel
     dataset = DATASETS[trained.info["layout"]](folder)
     by_name = {tile.path.relative_to(folder).as_posix(): tile for tile in dataset.tiles}
     split = trained.info["split"]
-    absent = [name for names in split.values() for name in names if name not in by_name]
+    facts = trained.info["tile_facts"]
+    absent = [
+        name for name in facts if name not in by_name or by_name[name].label != facts[name][1]
+    ]
     if absent:
         raise DatasetError(
-            f"{folder}: {len(absent)} tiles of the training run are missing, first {absent[0]}: "
-            f"give the --data-dir that the model was trained on"
+            f"{folder}: {len(absent)} tiles of the training run are missing or labelled otherwise, "
+            f"first {absent[0]}: give the --data-dir that the model was trained on"
         )
     classes = tuple(trained.info["classes"])
 
     def load(names: list[str]) -> TileArrays:
         tiles = [by_name[name] for name in names]
-        return load_tiles(tiles, classes, trained.preprocess, folder, bar)
+        arrays = load_tiles(tiles, classes, trained.preprocess, folder, bar)
+        for name, digest in zip(names, arrays.sha256, strict=True):
+            if digest != facts[name][0]:
+                raise DatasetError(
+                    f"{folder}: {name} is another image than the model was trained on: give the "
+                    f"--data-dir that it was trained on"
+                )
+        return arrays
 
     known = load(_spread_support(split, by_name, trained.recipe))
-    step = -(-len(split["test"]) // MAX_HELD_OUT)
-    test = load(split["test"][::step])
-    volume = read_series(dataset.ct[0].path, min_slices=trained.preprocess.min_slices)
-    ct = torch.from_numpy(trained.preprocess.ct(volume))
-    return known, HeldOut(known.tiles, known.labels, test.tiles, test.labels, ct)
+    rng = np.random.default_rng([trained.recipe.training.seed, SUPPORT])
+    chosen = rng.permutation(sorted(split["test"]))[:MAX_HELD_OUT].tolist()
+    test = load(chosen)
+    ct, _ = load_ct(replace(dataset, ct=dataset.ct[:8]), trained.preprocess, folder, bar)
+    return known, HeldOut(known.tiles, known.labels, test.tiles, test.labels, ct.volumes[:1])
 
 
 def _spread_support(
     split: Mapping[str, list[str]], by_name: Mapping[str, Any], recipe: Recipe
 ) -> list[str]:
     """Draw k_shot tiles a class outside the test fold, from as many patients as there are."""
-    rng = np.random.default_rng([recipe.training.seed, 3])
+    rng = np.random.default_rng([recipe.training.seed, SUPPORT])
     names = sorted(split["train"] + split["val"])
     shuffled = [names[i] for i in rng.permutation(len(names))]
     chosen = []

@@ -14,7 +14,7 @@ from cdt_runtime.console import run
 EXAMPLES = """
 \b
 Examples:
-  cdt-export --fp16                                    models/best_model.pt
+  cdt-export --fp16                         from models/best_model.pt
   cdt-export --checkpoint out/best_model.pt --output engines/lung
 
 \b
@@ -69,4 +69,4 @@ def export_command(
 
 def main() -> NoReturn:
     """Entry point of `cdt-export`."""
-    run(export_command)
+    run(export_command, extra="export")

@@ -9,9 +9,28 @@ import torch
 from torch import Tensor, nn
 
 from cdt_runtime.preprocess import Preprocess
+from cdt_train.models.bridge import Bridge
 from cdt_train.models.layers import Centre
 from cdt_train.models.prototypical import PrototypicalHead
 from cdt_train.models.transfer_model import TransferModel
+
+
+class BridgeGraph(nn.Module):
+    """The bridge, with the residual before its gate as a second output.
+
+    A nearly closed gate would hide a wrong residual from any comparison of embeddings.
+    """
+
+    def __init__(self, bridge: Bridge) -> None:
+        super().__init__()
+        self.bridge = bridge
+
+    def forward(
+        self, tile_tokens: Tensor, ct_tokens: Tensor, ct_present: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Embed tiles in the context of one CT; see `Bridge.forward`."""
+        residual = self.bridge.residual(tile_tokens, ct_tokens)
+        return self.bridge.combine(tile_tokens, residual, ct_present), residual
 
 
 class TileClassifier(nn.Module):
@@ -30,12 +49,12 @@ class TileClassifier(nn.Module):
         ct_present: Tensor,
         prototypes: Tensor,
         scale: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Classify tiles; inputs and outputs are those of the parts."""
         tokens = self.path_encoder(tile)
-        embedding = self.bridge(tokens, ct_tokens, ct_present)
+        embedding, residual = self.bridge(tokens, ct_tokens, ct_present)
         logits, distances = self.head(embedding, prototypes, scale)
-        return logits, distances, embedding
+        return logits, distances, embedding, residual
 
 
 class HalfPrecision(nn.Module):
@@ -110,6 +129,7 @@ def build_graphs(model: TransferModel, preprocess: Preprocess, *, n_classes: int
         torch.randn(max(2, n_classes), embedding.shape[1], generator=generator), dim=1
     )
     scale = model.head.scale.detach()
+    bridge = BridgeGraph(model.bridge)
     batch, classes = {0: "batch"}, {0: "classes"}
     context = {"ct_tokens": ct_tokens, "ct_present": ct_present}
     head = {"prototypes": prototypes, "scale": scale}
@@ -120,9 +140,9 @@ def build_graphs(model: TransferModel, preprocess: Preprocess, *, n_classes: int
         ),
         Graph(
             "bridge",
-            model.bridge,
+            bridge,
             {"tile_tokens": tile_tokens, **context},
-            ("embedding",),
+            ("embedding", "ct_residual"),
             {"tile_tokens": batch},
         ),
         Graph(
@@ -134,9 +154,9 @@ def build_graphs(model: TransferModel, preprocess: Preprocess, *, n_classes: int
         ),
         Graph(
             "tile_classifier",
-            TileClassifier(model.path_encoder, model.bridge, model.head),
+            TileClassifier(model.path_encoder, bridge, model.head),
             {"tile": tile, **context, **head},
-            ("logits", "distances", "embedding"),
+            ("logits", "distances", "embedding", "ct_residual"),
             {"tile": batch, "prototypes": classes},
         ),
     ]

@@ -19,7 +19,7 @@ from torch import Tensor
 from cdt_export.graphs import Graph
 from cdt_runtime.backends import Session
 from cdt_runtime.errors import ParityError
-from cdt_runtime.golden import output_range
+from cdt_runtime.golden import relative_gap
 from cdt_runtime.prototypes import class_means, softmax
 from cdt_train.models.transfer_model import TransferModel
 
@@ -114,9 +114,13 @@ def compare_graph(
         reference = run_module(graph, batch)
         found = session.run({name: value.numpy() for name, value in batch.items()})
         for name, expected in reference.items():
-            gap = float(np.abs(found[name] - expected).max())
-            difference = max(difference, gap)
-            relative = max(relative, gap / output_range(expected))
+            if found[name].shape != expected.shape or not np.isfinite(found[name]).all():
+                raise ParityError(
+                    f"{graph.name}: {name} is not finite, or of shape {found[name].shape} where "
+                    f"PyTorch gives {expected.shape}: no bundle was written"
+                )
+            difference = max(difference, float(np.abs(found[name] - expected).max()))
+            relative = max(relative, relative_gap(name, found[name], expected))
             cosine = min(cosine, _cosine(found[name], expected))
     return GraphParity(graph.name, difference, relative, cosine)
 
@@ -132,18 +136,32 @@ def run_module(graph: Graph, inputs: Mapping[str, Tensor]) -> Arrays:
 def compare_graphs(
     graphs: Sequence[Graph], sessions: Mapping[str, Session], held_out: HeldOut
 ) -> list[GraphParity]:
-    """Compare every graph on held-out tiles and a real volume."""
-    rows = []
-    for graph in graphs:
-        batches: list[Mapping[str, Tensor]] = [graph.inputs]
-        if "tile" in graph.inputs:
-            batches = [
-                {**graph.inputs, "tile": part} for part in torch.split(held_out.tiles, BATCH)
-            ]
-        if "ct" in graph.inputs:
-            batches = [{"ct": held_out.ct}]
-        rows.append(compare_graph(graph, sessions[graph.name], batches))
-    return rows
+    """Compare every graph on held-out tiles and a real volume, and what comes of them."""
+    by_name = {graph.name: graph for graph in graphs}
+    ct_tokens = _outputs(by_name["ct_encoder"], {"ct": held_out.ct})
+    batches = []
+    for tiles in torch.split(held_out.tiles, BATCH):
+        values = {"ct": held_out.ct, **ct_tokens, "tile": tiles}
+        for name in ("path_encoder", "bridge"):
+            values |= _outputs(by_name[name], values)
+        batches.append(values)
+    return [
+        compare_graph(
+            graph,
+            sessions[graph.name],
+            [
+                {key: values.get(key, graph.inputs[key]) for key in graph.inputs}
+                for values in batches
+            ],
+        )
+        for graph in graphs
+    ]
+
+
+def _outputs(graph: Graph, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Run a graph's module on the values that are known, and on its example for the rest."""
+    inputs = {key: values.get(key, example) for key, example in graph.inputs.items()}
+    return {key: torch.from_numpy(array) for key, array in run_module(graph, inputs).items()}
 
 
 def compare_decisions(

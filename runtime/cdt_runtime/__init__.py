@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cdt_runtime.bundle import Bundle
-    from cdt_runtime.classifier import FewShotClassifier, Prediction
+    from cdt_runtime.classifier import FewShotClassifier
     from cdt_runtime.ct import Volume, read_series
     from cdt_runtime.errors import CdtError
+    from cdt_runtime.prediction import Prediction
     from cdt_runtime.preprocess import Preprocess
     from cdt_runtime.prototypes import Prototypes
     from cdt_runtime.tile import Tile, read_tile
@@ -29,7 +30,7 @@ _HOME = {
     "Bundle": "bundle",
     "CdtError": "errors",
     "FewShotClassifier": "classifier",
-    "Prediction": "classifier",
+    "Prediction": "prediction",
     "Preprocess": "preprocess",
     "Prototypes": "prototypes",
     "Tile": "tile",

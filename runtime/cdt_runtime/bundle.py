@@ -7,6 +7,7 @@ does not list is refused, except `plans/`, where a machine keeps the engines it 
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
@@ -23,6 +24,9 @@ from cdt_runtime.preprocess import Preprocess
 SCHEMA = 1
 MANIFEST = "bundle.json"
 GRAPHS = ("ct_encoder", "path_encoder", "bridge", "head", "tile_classifier")
+REQUIRED = {"files": dict, "graphs": dict, "preprocess": dict, "training": dict, "precision": str}
+"""Entries of the manifest that the runtime looks up."""
+
 _SELF_HASH = "manifest_sha256"
 
 
@@ -107,16 +111,22 @@ def newest_bundle(folder: Path) -> Path:
     Raises:
         BundleError: there is none.
     """
-    found = [path.parent for path in folder.glob(f"*/{MANIFEST}")]
+    found = [
+        (path.stat().st_mtime_ns, path.parent.name, path.parent)
+        for path in folder.glob(f"*/{MANIFEST}")
+        if not path.parent.name.startswith(".")  # an export under way, or killed
+    ]
     if not found:
         raise BundleError(
             f"no bundle in {folder}: make one with cdt-train and cdt-export, or give --bundle DIR"
         )
-    return max(found, key=lambda path: ((path / MANIFEST).stat().st_mtime_ns, path.name))
+    return max(found)[2]
 
 
 def write_bundle(path: Path, files: Mapping[str, bytes], facts: Mapping[str, Any]) -> Bundle:
-    """Write a bundle whole or not at all, replacing an older one of the same name.
+    """Write a bundle, replacing an older one of the same name in one step.
+
+    Killed at any moment, it leaves the old bundle or the new one.
 
     Args:
         path: the bundle's folder.
@@ -133,12 +143,15 @@ def write_bundle(path: Path, files: Mapping[str, bytes], facts: Mapping[str, Any
     manifest = {**kept, "schema": SCHEMA, "name": path.name, "files": listing}
     manifest[_SELF_HASH] = sha256(_dump(manifest))
     path.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    for stale in path.parent.glob(f".{path.name}.*.partial"):
+        shutil.rmtree(stale, ignore_errors=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
     try:
         for name, data in {**files, MANIFEST: _dump(manifest)}.items():
             _write_synced(staging / name, data)
         staging.chmod(0o755)
-        _swap(staging, path)
+        _put_in_place(staging, path)
+        _sync_folder(path.parent)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return Bundle.open(path)
@@ -166,19 +179,32 @@ def _write_synced(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _swap(staging: Path, path: Path) -> None:
+def _put_in_place(staging: Path, path: Path) -> None:
+    """Give the staged folder its name; an older one of that name goes where it was staged."""
     if not path.exists():
         staging.rename(path)
         return
-    old = Path(tempfile.mkdtemp(prefix=f".{path.name}-old-", dir=path.parent)) / "bundle"
-    path.rename(old)
+    exchange = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    here = -100  # AT_FDCWD: relative paths are meant from the working folder
+    if exchange and not exchange(here, bytes(staging), here, bytes(path), 2):  # RENAME_EXCHANGE
+        return
+    # No exchange on this system: between the two steps a kill leaves the old bundle aside.
+    aside = staging.with_suffix(".old")
+    path.rename(aside)
     try:
         staging.rename(path)
     except OSError:
-        old.rename(path)
+        aside.rename(path)
         raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
     finally:
-        shutil.rmtree(old.parent, ignore_errors=True)
+        os.close(handle)
 
 
 def _dump(manifest: Mapping[str, Any]) -> bytes:
@@ -187,13 +213,16 @@ def _dump(manifest: Mapping[str, Any]) -> bytes:
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
-    if not path.is_file():
-        what = "no such folder" if not folder.exists() else f"holds no {MANIFEST}"
-        raise BundleError(f"{folder}: {what}: give the folder that cdt-export wrote")
-    raw = path.read_bytes()
+    try:
+        raw = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        what = f"holds no {MANIFEST}" if folder.exists() else "no such folder"
+        raise BundleError(f"{folder}: {what}: give the folder that cdt-export wrote") from None
+    except OSError as error:
+        raise BundleError(f"{folder}: can't be read ({error.strerror})") from error
     try:
         manifest = json.loads(raw)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BundleError(f"{folder.name}/{MANIFEST}: not valid JSON: export again") from error
     if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
         found = manifest.get("schema") if isinstance(manifest, dict) else None
@@ -203,11 +232,30 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     rest = {key: value for key, value in manifest.items() if key != _SELF_HASH}
     if manifest.get(_SELF_HASH) != sha256(_dump(rest)) or _dump(manifest) != raw:
         raise BundleError(f"{folder.name}/{MANIFEST}: altered since export: export again")
+    _check_manifest(folder, manifest)
     return manifest
 
 
+def _check_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Make sure that what the rest of the runtime looks up is there."""
+    absent = [key for key in REQUIRED if not isinstance(manifest.get(key), REQUIRED[key])]
+    if not absent:
+        graphs = manifest["graphs"]
+        absent = [f"graphs.{name}" for name in GRAPHS if name not in graphs]
+        files = [f"{name}.onnx" for name in GRAPHS]
+        absent += [f"files.{name}" for name in files if name not in manifest["files"]]
+        absent += [] if "data" in manifest["training"] else ["training.data"]
+    if absent:
+        raise BundleError(
+            f"{folder.name}/{MANIFEST}: lacks {', '.join(absent)}: export again with this version"
+        )
+
+
 def _check_listing(folder: Path, listed: Mapping[str, Any]) -> None:
-    found = {entry.name for entry in folder.iterdir()} - {MANIFEST, "plans"}
+    try:
+        found = {entry.name for entry in folder.iterdir()} - {MANIFEST, "plans"}
+    except OSError as error:
+        raise BundleError(f"{folder}: can't be listed ({error.strerror})") from error
     for name in sorted(found | set(listed)):
         path = folder / name
         if name not in listed:

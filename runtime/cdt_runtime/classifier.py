@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from cdt_runtime.backends import Session, open_session
 from cdt_runtime.bundle import Bundle
 from cdt_runtime.cache import TokenCache, cache_dir
-from cdt_runtime.ct import Volume, load_volume, scan_series
-from cdt_runtime.errors import PrototypeError, TileError
+from cdt_runtime.ct import Series, Volume, load_volume, scan_series
+from cdt_runtime.errors import BackendError, PrototypeError, TileError
+from cdt_runtime.prediction import Context, CtUsed, Prediction, TileInput
 from cdt_runtime.preprocess import Preprocess
 from cdt_runtime.prototypes import (
     FACTS,
@@ -27,95 +28,14 @@ from cdt_runtime.prototypes import (
     encode_labels,
     softmax,
 )
-from cdt_runtime.tile import Tile, match_channels, read_tile
+from cdt_runtime.tile import Tile
+from cdt_runtime.tile_input import TileLike, prepare
 
 Float = NDArray[np.float32]
-TileLike = str | os.PathLike[str] | Tile | NDArray[Any]
 CtLike = str | os.PathLike[str] | Volume | None
 
-BATCH = 32
-"""Tiles in one engine call: beyond it a CPU gains nothing and memory grows."""
-
-
-@dataclass(frozen=True)
-class CtUsed:
-    """The CT context of a prediction.
-
-    Attributes:
-        series: size and spacing; never text or identifiers of the headers.
-        cache_hit: whether its tokens came from the cache.
-        warnings: what the reader had to mend or leave out.
-    """
-
-    series: str
-    cache_hit: bool
-    warnings: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """What the classifier says of one tile.
-
-    Attributes:
-        tile: the tile's name.
-        label: the class, or None where it abstains.
-        probabilities: calibrated probability of each class.
-        distances: Euclidean distance to each prototype on the unit sphere, 0 to 2.
-        abstained: whether it declines to answer.
-        reason: why it abstains.
-        ct: the CT context, or None.
-        channels: for each model channel the file's channel, None where it was filled with zeros.
-        warnings: what the user should know of this tile.
-        timings_ms: milliseconds of each stage; the engine's time is shared by its batch.
-    """
-
-    tile: str
-    label: str | None
-    probabilities: dict[str, float]
-    distances: dict[str, float]
-    abstained: bool
-    reason: str | None
-    ct: CtUsed | None
-    channels: dict[str, str | None]
-    warnings: tuple[str, ...]
-    timings_ms: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def nearest(self) -> str:
-        """The class with the nearest prototype, also where the answer is an abstention."""
-        return min(self.distances, key=lambda name: self.distances[name])
-
-
-@dataclass(frozen=True, eq=False)
-class Context:
-    """CT tokens as the bridge takes them.
-
-    Attributes:
-        tokens: `(1, T, C)` float32; zeros where there is no CT.
-        present: `(1,)` float32, 1 with a CT and 0 without.
-        key: identity of the tokens, for the prototypes of this context.
-        used: what a prediction reports, or None.
-        timings_ms: milliseconds of reading and encoding.
-    """
-
-    tokens: Float
-    present: Float
-    key: str
-    used: CtUsed | None
-    timings_ms: dict[str, float]
-
-
-@dataclass(frozen=True, eq=False)
-class TileInput:
-    """A tile, ready for the graph, with what there is to say about it."""
-
-    array: NDArray[Any]
-    name: str
-    sha256: str
-    blank: bool
-    channels: dict[str, str | None]
-    warnings: tuple[str, ...]
-    read_ms: float
+READER_VERSION = 1
+"""Raised when the same series gives another CT input than before: cached tokens are then stale."""
 
 
 class FewShotClassifier:
@@ -129,6 +49,9 @@ class FewShotClassifier:
     Raises:
         BundleError, PrototypeError, BackendError: they can't be used here.
     """
+
+    batch_size = 32
+    """Tiles in one engine call: beyond it a CPU gains nothing and memory grows."""
 
     def __init__(
         self, bundle: Bundle, *, backend: str = "onnxruntime", cache: Path | None = None
@@ -171,8 +94,8 @@ class FewShotClassifier:
         """Classify tiles.
 
         Args:
-            tiles: paths (a TIFF, PNG or JPEG file, or a folder of marker files), `Tile`s, or arrays
-                `(H, W, M)` whose channels are in the bundle's order.
+            tiles: any number of tiles: paths (a TIFF, PNG or JPEG file, or a folder of marker
+                files), `Tile`s, or arrays `(H, W, M)` whose channels are in the bundle's order.
             ct: the patient's CT: a series folder, a `Volume`, a prepared context, or None.
             **reading: `channels`, `mpp` and `fill_missing`, as `read` takes them.
 
@@ -183,11 +106,12 @@ class FewShotClassifier:
             TileError, SeriesError: an input can't be used.
         """
         context = ct if isinstance(ct, Context) else self.context(ct)
-        return list(self.predict_each((self.read(tile, **reading) for tile in tiles), context))
+        inputs = (self.read(tile, **reading) for tile in _several(tiles))
+        return list(self.predict_each(inputs, context))
 
     def predict_each(self, tiles: Iterable[TileInput], context: Context) -> Iterator[Prediction]:
         """Classify tiles as they come, a batch an engine call, in bounded memory."""
-        for batch in _batches(tiles, BATCH):
+        for batch in _batches(tiles, self.batch_size):
             started = perf_counter()
             outputs = self._classify.run(
                 {
@@ -199,6 +123,10 @@ class FewShotClassifier:
                 }
             )
             share_ms = _ms_since(started) / len(batch)
+            if not np.isfinite(outputs["logits"]).all():
+                raise BackendError(
+                    f"{self.engine}: the answer is not finite: don't use this engine"
+                )
             probabilities = softmax(outputs["logits"])
             for tile, chances, distances in zip(
                 batch, probabilities, outputs["distances"], strict=True
@@ -214,9 +142,11 @@ class FewShotClassifier:
             `(B, E)` float32 unit vectors.
         """
         context = ct if isinstance(ct, Context) else self.context(ct)
-        inputs = (self.read(tile, **reading) for tile in tiles)
-        parts = [self._embed_tokens(self._tokens(b), context) for b in _batches(inputs, BATCH)]
-        return np.concatenate(parts)
+        inputs = (self.read(tile, **reading) for tile in _several(tiles))
+        batches = _batches(inputs, self.batch_size)
+        parts = [self._embed_tokens(self._tokens(batch), context) for batch in batches]
+        width = self.bundle.manifest["graphs"]["bridge"]["outputs"]["embedding"]["shape"][1]
+        return np.concatenate([np.zeros((0, width), np.float32), *parts])
 
     def fit(
         self,
@@ -240,31 +170,35 @@ class FewShotClassifier:
         Raises:
             PrototypeError: numbers of tiles and labels differ, or there are fewer than two classes.
         """
-        if len(tiles) != len(labels):
+        if len(_several(tiles)) != len(labels):
             raise PrototypeError(f"{len(tiles)} tiles and {len(labels)} labels: give one a tile")
         classes, indices = encode_labels(labels)
         inputs = [self.read(tile, **reading) for tile in tiles]
         blank = [tile.name for tile in inputs if tile.blank]
         if blank:
             raise PrototypeError(f"support tile {blank[0]} shows no tissue: leave it out")
-        tokens = np.concatenate([self._tokens(batch) for batch in _batches(inputs, BATCH)])
-        self.prototypes = replace(
+        context = ct if isinstance(ct, Context) else self.context(ct)
+        batches = _batches(inputs, self.batch_size)
+        prototypes = replace(
             self.prototypes,
             classes=classes,
             labels=indices,
-            tokens=tokens,
+            tokens=np.concatenate([self._tokens(batch) for batch in batches]),
             support_sha256=tuple(tile.sha256 for tile in inputs),
         )
-        self._means.clear()
-        self.class_prototypes(ct if isinstance(ct, Context) else self.context(ct))
+        means = self._support_means(prototypes, context)
+        # All that can fail has been done.
+        self.prototypes, self._means = prototypes, {context.key: means}
 
     def class_prototypes(self, context: Context) -> Float:
         """Return the prototypes `(K, E)` in a CT context; each context is computed once."""
         if context.key not in self._means:
-            support = self.prototypes
-            embedded = self._embed_tokens(support.tokens, context)
-            self._means[context.key] = class_means(embedded, support.labels, len(support.classes))
+            self._means[context.key] = self._support_means(self.prototypes, context)
         return self._means[context.key]
+
+    def _support_means(self, support: Prototypes, context: Context) -> Float:
+        embedded = self._embed_tokens(support.tokens, context)
+        return class_means(embedded, support.labels, len(support.classes))
 
     def context(
         self, ct: CtLike, *, series_uid: str | None = None, allow_resample: bool = False
@@ -283,34 +217,52 @@ class FewShotClassifier:
             shape = self._ct_tokens_shape()
             return Context(np.zeros(shape, np.float32), np.zeros(1, np.float32), "none", None, {})
         started = perf_counter()
-        series = (
-            ct
-            if isinstance(ct, Volume)
-            else scan_series(
-                Path(ct),
-                series_uid=series_uid,
-                min_slices=self.preprocess.min_slices,
-                allow_resample=allow_resample,
-            )
+        if isinstance(ct, Volume):
+            ct_input = self.preprocess.ct(ct)
+            # What a caller made is known by its values alone.
+            identity = hashlib.sha256(ct_input.tobytes()).hexdigest()
+            return self._encoded(identity, ct, lambda: (ct_input, ct.warnings), started)
+        series = scan_series(
+            Path(ct),
+            series_uid=series_uid,
+            min_slices=self.preprocess.min_slices,
+            allow_resample=allow_resample,
         )
-        key = self._token_key(series.series_hash)
+
+        def read() -> tuple[Float, tuple[str, ...]]:
+            volume = load_volume(series)
+            return self.preprocess.ct(volume), volume.warnings
+
+        return self._encoded(series.series_hash, series, read, started)
+
+    def _encoded(
+        self,
+        identity: str,
+        ct: Series | Volume,
+        read: Callable[[], tuple[Float, tuple[str, ...]]],
+        started: float,
+    ) -> Context:
+        """Take the tokens of a CT from the cache, or read and encode it."""
+        key = self._token_key(identity)
         tokens = self._cache.get(key, self._ct_tokens_shape())
-        hit = tokens is not None
-        warnings = series.warnings
+        hit, warnings = tokens is not None, ct.warnings
         timings: dict[str, float] = {}
         if tokens is None:
-            volume = series if isinstance(series, Volume) else load_volume(series)
-            warnings = volume.warnings
-            ct_input = self.preprocess.ct(volume)
+            ct_input, warnings = read()
             timings["ct_read"] = _ms_since(started)
             started = perf_counter()
-            tokens = self._session("ct_encoder").run({"ct": ct_input})["ct_tokens"]
+            tokens = self._finite(self._session("ct_encoder").run({"ct": ct_input})["ct_tokens"])
             timings["ct_encode"] = _ms_since(started)
             self._cache.put(key, tokens)
         else:
             timings["ct_read"] = _ms_since(started)
-        used = CtUsed(series.description, hit, warnings)
+        used = CtUsed(ct.description, hit, warnings)
         return Context(tokens, np.ones(1, np.float32), key, used, timings)
+
+    def _finite(self, answer: Float) -> Float:
+        if not np.isfinite(answer).all():
+            raise BackendError(f"{self.engine}: an answer is not finite: use another --backend")
+        return answer
 
     def read(
         self,
@@ -320,58 +272,8 @@ class FewShotClassifier:
         mpp: float | None = None,
         fill_missing: bool = False,
     ) -> TileInput:
-        """Read one tile and bring it to the tile input.
-
-        Args:
-            tile: as `predict` takes it.
-            channels: names for the channels of a file that has none.
-            mpp: microns a pixel, where the file does not say or is wrong.
-            fill_missing: fill a channel that the file lacks with zeros.
-
-        Raises:
-            TileError: the tile can't be used.
-        """
-        started = perf_counter()
-        if fill_missing and not self.preprocess.fill_missing:
-            raise TileError(
-                "--fill-missing: this model was trained with every channel present: "
-                "train with data.channel_dropout above 0, or give tiles with all channels"
-            )
-        if isinstance(tile, np.ndarray):
-            found = self._from_array(tile)
-        elif isinstance(tile, Tile):
-            found = tile
-        else:
-            found = read_tile(tile, channels=channels, mpp=mpp)
-        pixels, mapping, filled = match_channels(
-            found, self.preprocess.channels, fill_missing=fill_missing
-        )
-        array = self.preprocess.tile(pixels, found.bits, name=found.source)
-        notes = list(found.warnings)
-        if filled:
-            notes.append(f"channels filled with zeros: {', '.join(filled)}")
-        if scale := self.preprocess.scale_warning(found):
-            notes.append(scale)
-        return TileInput(
-            array,
-            found.source,
-            found.sha256,
-            self.preprocess.is_blank(array),
-            mapping,
-            tuple(notes),
-            _ms_since(started),
-        )
-
-    def _from_array(self, pixels: NDArray[Any]) -> Tile:
-        expected = self.preprocess.channels
-        if pixels.ndim != 3 or pixels.shape[2] != len(expected) or 0 in pixels.shape:
-            raise TileError(
-                f"array of shape {pixels.shape}: expected (H, W, {len(expected)}) with channels "
-                f"{', '.join(expected)}"
-            )
-        bits = pixels.dtype.itemsize * 8
-        digest = hashlib.sha256(np.ascontiguousarray(pixels).tobytes()).hexdigest()
-        return Tile(pixels, expected, bits, None, digest, "array")
+        """Read one tile and bring it to the tile input; see `tile_input.prepare`."""
+        return prepare(tile, self.preprocess, channels=channels, mpp=mpp, fill_missing=fill_missing)
 
     def _prediction(
         self,
@@ -385,7 +287,7 @@ class FewShotClassifier:
         reason = None
         if tile.blank:
             reason = "no tissue: every channel is almost flat"
-        elif chances[best] < self.prototypes.min_confidence:
+        elif not chances[best] >= self.prototypes.min_confidence:
             reason = (
                 f"low confidence: {chances[best]:.2f} for {self.classes[best]}, "
                 f"at least {self.prototypes.min_confidence:.2f} is asked for"
@@ -393,6 +295,7 @@ class FewShotClassifier:
         timings = {**context.timings_ms, "tile_read": tile.read_ms, "classify": share_ms}
         return Prediction(
             tile=tile.name,
+            sha256=tile.sha256,
             label=None if reason else self.classes[best],
             probabilities=dict(zip(self.classes, map(float, chances), strict=True)),
             distances=dict(zip(self.classes, map(float, distances), strict=True)),
@@ -426,8 +329,19 @@ class FewShotClassifier:
         return tuple(self.bundle.manifest["graphs"]["ct_encoder"]["outputs"]["ct_tokens"]["shape"])
 
     def _token_key(self, series_hash: str) -> str:
-        parts = [series_hash, self.bundle.ct_encoder_sha256, self.engine]
+        parts = [series_hash, self.bundle.ct_encoder_sha256, self.engine, str(READER_VERSION)]
         return hashlib.sha256("|".join(parts).encode()).hexdigest()
+
+
+def _several(tiles: Sequence[TileLike]) -> Sequence[TileLike]:
+    """Refuse one tile in place of several: a path would be taken apart into letters.
+
+    Raises:
+        TileError: it is a single path or array.
+    """
+    if isinstance(tiles, str | os.PathLike | Tile | np.ndarray):
+        raise TileError("one tile where several are expected: put it in a list")
+    return tiles
 
 
 def _batches(items: Iterable[TileInput], size: int) -> Iterator[list[TileInput]]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
+import os
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -12,10 +13,11 @@ import click
 
 from cdt_runtime import __version__
 from cdt_runtime.console import one_line, run, say
-from cdt_runtime.errors import CdtError, InputError
+from cdt_runtime.errors import InputError
 
 if TYPE_CHECKING:
-    from cdt_runtime.classifier import Context, FewShotClassifier, TileInput
+    from cdt_runtime.classifier import FewShotClassifier
+    from cdt_runtime.prediction import Context, Prediction, TileInput
 
 EXAMPLES = """
 \b
@@ -68,37 +70,46 @@ def infer_command(
     Without training anything: the bundle's prototypes decide, and "can't tell"
     is an answer.
     """
+    from cdt_runtime.tile_input import require_filling
+
     ct_dir, tiles = _split_paths(paths, no_ct)
+    _refuse_empty({"--bundle": bundle, "--series": series, "--channels": channels})
     classifier = _open(bundle, backend)
+    if fill_missing:
+        require_filling(classifier.preprocess)
     context = classifier.context(ct_dir, series_uid=series, allow_resample=allow_resample)
     reading = {
         "channels": [name.strip() for name in channels.split(",")] if channels else None,
         "fill_missing": fill_missing,
         "mpp": mpp,
     }
-    failures: list[tuple[str, CdtError]] = []
-    inputs = _readable(classifier, tiles, reading, failures)
-    _print_predictions(classifier, inputs, context, as_json)
-    _report_failures(failures, as_json)
+    sys.exit(_classify(classifier, tiles, reading, context, as_json))
 
 
 def _split_paths(paths: tuple[str, ...], no_ct: bool) -> tuple[str | None, tuple[str, ...]]:
     if not paths:
         raise InputError("no CT_DIR and TILE given: see cdt-infer --help")
+    if "" in paths:
+        raise InputError("an empty path was given: is a variable of your script unset?")
     if no_ct:
         from cdt_runtime.ct_folder import holds_dicom
 
         tiles = paths[1:] if len(paths) > 1 and holds_dicom(Path(paths[0])) else paths
         return None, tiles
-    first = Path(paths[0])
-    if first.is_file():
+    if os.path.isfile(paths[0]):  # unlike Path.is_file it never raises
         raise InputError(
-            f"{first.name}: CT_DIR comes first and is a folder of DICOM slices, this is a file: "
-            f"cdt-infer CT_DIR TILE, or cdt-infer --no-ct TILE"
+            f"{Path(paths[0]).name}: CT_DIR comes first and is a folder of DICOM slices, this is a "
+            f"file: cdt-infer CT_DIR TILE, or cdt-infer --no-ct TILE"
         )
     if len(paths) == 1:
         raise InputError("no TILE given: cdt-infer CT_DIR TILE [TILE ...]")
     return paths[0], paths[1:]
+
+
+def _refuse_empty(options: dict[str, str | None]) -> None:
+    for name, value in options.items():
+        if value is not None and not value.strip():
+            raise InputError(f"{name} is empty: is a variable of your script unset?")
 
 
 def _open(bundle: str | None, backend: str) -> FewShotClassifier:
@@ -111,38 +122,59 @@ def _open(bundle: str | None, backend: str) -> FewShotClassifier:
     return FewShotClassifier.open(path, backend=backend)
 
 
-def _readable(
+def _classify(
     classifier: FewShotClassifier,
     tiles: tuple[str, ...],
     reading: dict[str, Any],
-    failures: list[tuple[str, CdtError]],
-) -> Iterator[TileInput]:
-    for tile in tiles:
-        try:
-            yield classifier.read(tile, **reading)
-        except InputError as error:
-            failures.append((tile, error))
-
-
-def _print_predictions(
-    classifier: FewShotClassifier, inputs: Iterator[TileInput], context: Context, as_json: bool
-) -> None:
+    context: Context,
+    as_json: bool,
+) -> int:
+    """Print an answer or an error for each tile, in the order given; return the exit code."""
     from cdt_runtime import report
 
-    last = None
-    for prediction in classifier.predict_each(inputs, context):
-        last = prediction
-        click.echo(
-            report.as_json(prediction, classifier) if as_json else report.as_text(prediction)
-        )
+    names = report.distinct_names(tiles)
+    code, last = 0, None
+    for answer in _answers(classifier, tiles, names, reading, context):
+        if isinstance(answer, Failure):
+            code = answer.error.exit_code
+            say(answer.error)
+            if as_json:
+                click.echo(report.failure_as_json(answer.tile, one_line(answer.error)))
+        else:
+            last = answer
+            text = report.as_json(answer, classifier) if as_json else report.as_text(answer)
+            click.echo(text)
     if last is not None and not as_json:
         click.echo("\n" + report.context_text(classifier, last))
+    return code
 
 
-def _report_failures(failures: list[tuple[str, CdtError]], as_json: bool) -> None:
-    for tile, error in failures:
-        say(error)
-        if as_json:
-            click.echo(json.dumps({"tile": Path(tile).name, "error": one_line(error)}))
-    if failures:
-        sys.exit(failures[0][1].exit_code)
+@dataclass(frozen=True)
+class Failure:
+    """A tile that could not be used, and why."""
+
+    tile: str
+    error: InputError
+
+
+def _answers(
+    classifier: FewShotClassifier,
+    tiles: tuple[str, ...],
+    names: list[str],
+    reading: dict[str, Any],
+    context: Context,
+) -> Iterator[Prediction | Failure]:
+    """Classify in batches; a failure takes its tile's place between the answers."""
+    waiting: list[TileInput] = []
+    for tile, name in zip(tiles, names, strict=True):
+        failure = None
+        try:
+            waiting.append(replace(classifier.read(tile, **reading), name=name))
+        except InputError as error:
+            failure = Failure(name, error)
+        if failure or len(waiting) == classifier.batch_size:
+            yield from classifier.predict_each(waiting, context)
+            waiting = []
+        if failure:
+            yield failure
+    yield from classifier.predict_each(waiting, context)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -11,21 +12,26 @@ import click
 
 from cdt_runtime.errors import CdtError, MissingDependencyError
 
-_EXTRAS = {
-    "torch": "train",
-    "pydantic": "train",
-    "yaml": "train",
-    "scipy": "train",
-    "sklearn": "train",
-    "matplotlib": "train",
-    "tqdm": "train",
-    "onnx": "export",
-    "onnxscript": "export",
-}
-"""The extra that brings a module; all others belong to the base."""
+_OPTIONAL = frozenset(
+    {
+        "torch",
+        "pydantic",
+        "yaml",
+        "scipy",
+        "sklearn",
+        "matplotlib",
+        "tifffile",
+        "tqdm",
+        "onnx",
+        "onnxscript",
+    }
+)
+"""Modules that an extra brings; all others belong to the base."""
 
 
-def run(command: click.Command, arguments: Sequence[str] | None = None) -> NoReturn:
+def run(
+    command: click.Command, arguments: Sequence[str] | None = None, *, extra: str = "all"
+) -> NoReturn:
     """Run a command to its exit code.
 
     An error that the user can mend is one line on stderr and code 2; a bug keeps its traceback.
@@ -33,9 +39,13 @@ def run(command: click.Command, arguments: Sequence[str] | None = None) -> NoRet
     Args:
         command: the click command.
         arguments: in place of the process's own.
+        extra: of the distribution, which brings the modules that the command needs.
     """
+    if sys.stdout is None:
+        fail(CdtError("standard output is closed: the results would be lost"))
     try:
         code = command.main(args=arguments, standalone_mode=False)
+        sys.stdout.flush()
     except CdtError as error:
         fail(error)
     except click.ClickException as error:
@@ -43,9 +53,9 @@ def run(command: click.Command, arguments: Sequence[str] | None = None) -> NoRet
         sys.exit(2)
     except ModuleNotFoundError as error:
         name = (error.name or "").partition(".")[0]
-        if name not in _EXTRAS:
+        if name not in _OPTIONAL:
             raise
-        fail(missing(name))
+        fail(missing(name, extra))
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted", err=True)
         sys.exit(130)
@@ -53,14 +63,18 @@ def run(command: click.Command, arguments: Sequence[str] | None = None) -> NoRet
         # The reader has gone: what is still buffered must not raise again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        fail(CdtError("results can't be written: no space left on the device"))
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def missing(module: str) -> MissingDependencyError:
+def missing(module: str, extra: str) -> MissingDependencyError:
     """Say which pip command adds a missing module."""
     return MissingDependencyError(
-        f"this command needs {module}, which is not installed: "
-        f"pip install 'cdt-edge[{_EXTRAS[module]}]'"
+        f"this command needs {module}, which is not installed: pip install 'cdt-edge[{extra}]'"
     )
 
 

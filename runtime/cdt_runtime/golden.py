@@ -61,6 +61,7 @@ def golden_outputs(inputs: Mapping[str, NDArray[Any]], run: Run) -> Arrays:
         outputs = run("tile_classifier", {"tile": inputs["in_tile"], **context, **head})
         alone = run("head", {"embedding": embedding, **head})
         results[f"out_embedding_{name}"] = outputs["embedding"]
+        results[f"out_ct_residual_{name}"] = outputs["ct_residual"]
         results[f"out_logits_{name}"] = outputs["logits"]
         results[f"out_distances_{name}"] = alone["distances"]
     return results
@@ -80,31 +81,52 @@ def self_test(bundle: Bundle, backend: str, *, tolerance: float) -> dict[str, fl
     Raises:
         ParityError: an output is further off.
     """
-    stored = np.load(io.BytesIO(bundle.read(GOLDEN)), allow_pickle=False)
     sessions = {
         name: open_session(backend, bundle.read(f"{name}.onnx"))
         for name in bundle.manifest["graphs"]
     }
+    return compare_golden(
+        bundle.read(GOLDEN),
+        lambda name, inputs: sessions[name].run(inputs),
+        tolerance=tolerance,
+        what=f"{bundle.path.name} on {backend}",
+    )
+
+
+def compare_golden(golden: bytes, run: Run, *, tolerance: float, what: str) -> dict[str, float]:
+    """Compare what `run` makes of the golden inputs with the stored outputs.
+
+    Args:
+        golden: content of `golden.npz`.
+        run: runs the graph of that name.
+        tolerance: as in `self_test`.
+        what: what an error calls that which is tested.
+
+    Returns, raises: as `self_test`.
+    """
+    stored = np.load(io.BytesIO(golden), allow_pickle=False)
     inputs = {name: stored[name] for name in stored.files if name.startswith("in_")}
-    found = golden_outputs(inputs, lambda name, given: sessions[name].run(given))
     gaps = {}
-    for name, values in found.items():
-        expected = stored[name]
-        gaps[name] = float(np.abs(values - expected).max()) / output_range(expected)
+    for name, values in golden_outputs(inputs, run).items():
+        gaps[name] = relative_gap(name, values, stored[name])
         if not gaps[name] <= tolerance:
             raise ParityError(
-                f"{bundle.path.name}: {name} is off by {gaps[name]:.2g} of its range on {backend}, "
-                f"allowed {tolerance:g}: this engine must not be used for this bundle"
+                f"{what}: {name} is off by {gaps[name]:.2g} of its range, allowed {tolerance:g}: "
+                f"it must not be used"
             )
     return gaps
 
 
-def output_range(expected: NDArray[Any]) -> float:
-    """What a difference is measured by: the largest value, at least 1.
+def relative_gap(name: str, found: NDArray[Any], expected: NDArray[Any]) -> float:
+    """Largest difference of an output as a share of its largest value; infinite if it is no number.
 
-    Embeddings have length 1 and distances lie in 0 to 2: a tiny output is rounding all over.
+    Logits and distances are measured by at least 1: near zero they are rounding all over.
     """
-    return max(1.0, float(np.abs(expected).max()))
+    if found.shape != expected.shape or not np.isfinite(found).all():
+        return float("inf")
+    floor = 1.0 if "logits" in name or "distances" in name else 1e-6
+    largest = float(np.abs(expected).max(initial=floor))
+    return float(np.abs(found - expected).max(initial=0.0)) / largest
 
 
 def _smooth(rng: np.random.Generator, shape: tuple[int, ...], cell: int) -> NDArray[np.float32]:

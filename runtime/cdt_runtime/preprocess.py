@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from cdt_runtime.errors import BundleError, TileError
+from cdt_runtime.errors import BundleError, SeriesError, TileError
 
 if TYPE_CHECKING:
     from cdt_runtime.ct import Volume
@@ -34,6 +34,8 @@ class Preprocess:
         image_size: height and width of a tile input, pixels.
         tile_dtype: "uint8" where the training tiles had 8 bits: 0 to 255, scaled inside the graph;
             "float32" where they had more: 0 to 1.
+        tile_bits: significant bits of the training tiles' integer samples; a file that claims more
+            without using them (12 bits in 16) is scaled by these.
         tile_mpp: microns a pixel of the tile input in training, or None where that is not known.
         fill_missing: whether training hid channels at random, so that a missing one may be zero.
         blank_std: a tile whose channels all have a standard deviation below this share of the full
@@ -47,6 +49,7 @@ class Preprocess:
     channels: tuple[str, ...]
     image_size: int = 224
     tile_dtype: Literal["uint8", "float32"] = "uint8"
+    tile_bits: int = 8
     tile_mpp: float | None = None
     fill_missing: bool = False
     blank_std: float = 0.02
@@ -103,7 +106,17 @@ class Preprocess:
 
         Returns:
             `(1, W, D, S, S)` float32, -1 to 1.
+
+        Raises:
+            SeriesError: too few slices, or HU that are not finite.
         """
+        shape = volume.hu.shape
+        if len(shape) != 3 or 0 in shape or shape[0] < self.min_slices:
+            raise SeriesError(
+                f"volume of shape {shape}: expected (D, H, W) with {self.min_slices} or more slices"
+            )
+        if not np.isfinite(volume.hu).all():
+            raise SeriesError("volume: some HU are not finite: mask them to -1024 first")
         small = area_resize(volume.hu, (self.ct_depth, self.slice_size, self.slice_size))
         windows = [(small - low) * (2.0 / (high - low)) - 1.0 for low, high in self.hu_windows]
         return np.clip(np.stack(windows)[None], -1.0, 1.0).astype(np.float32)
@@ -126,6 +139,8 @@ class Preprocess:
         size = self.image_size
         if self.tile_dtype == "uint8" and squared.dtype == np.uint8 and squared.shape[0] == size:
             return np.ascontiguousarray(squared.transpose(2, 0, 1))
+        if bits > self.tile_bits and squared.dtype != np.uint8 and self.tile_bits > 8:
+            bits = self.tile_bits
         planes = unit_range(squared, bits, name=name).transpose(2, 0, 1)
         planes = area_resize(planes, (planes.shape[0], size, size))
         if self.tile_dtype == "uint8":
@@ -133,6 +148,13 @@ class Preprocess:
             return bytes_
         fractions: Float = np.clip(planes, 0.0, 1.0)
         return fractions
+
+    def crop_warning(self, tile: Tile) -> str | None:
+        """Say when a good part of an oblong tile is left out."""
+        short, long = sorted(tile.pixels.shape[:2])
+        if long <= 1.1 * short:
+            return None
+        return f"oblong tile: only the centre square counts, {short / long:.0%} of its area"
 
     def is_blank(self, tile_input: NDArray[Any]) -> bool:
         """Tell whether a tile input `(M, S, S)` shows no tissue: every channel is almost flat."""
@@ -161,7 +183,7 @@ def unit_range(pixels: NDArray[Any], bits: int, *, name: str) -> Float:
     """
     low, high = float(pixels.min()), float(pixels.max())
     top = 1.0 if np.issubdtype(pixels.dtype, np.floating) else float(2**bits - 1)
-    if low < 0 or high > top:
+    if not (low >= 0 and high <= top):  # NaN compares false
         raise TileError(
             f"{name}: samples run from {low:g} to {high:g}, expected 0 to {top:g} for "
             f"{pixels.dtype}: rescale the tile before it comes here"

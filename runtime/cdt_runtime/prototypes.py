@@ -102,9 +102,27 @@ class Prototypes:
                 f"prototypes were made by encoder {made.encoder_sha256[:12]}, this bundle holds "
                 f"{encoder_sha256[:12]}: export again, or fit them anew"
             )
-        if not len(made.labels) == len(made.tokens) == len(made.support_sha256):
-            raise PrototypeError("prototypes: labels, tokens and hashes differ in number")
+        made.check()
         return made
+
+    def check(self) -> None:
+        """Make sure that the parts fit together.
+
+        Raises:
+            PrototypeError: naming the first that does not.
+        """
+        kinds, labels, tokens = len(self.classes), self.labels, self.tokens
+        if not len(labels) == len(tokens) == len(self.support_sha256):
+            raise PrototypeError("prototypes: labels, tokens and hashes differ in number")
+        if labels.dtype != np.int64 or set(labels.tolist()) != set(range(kinds)) or kinds < 2:
+            raise PrototypeError(f"prototypes: labels do not number the {kinds} classes")
+        if tokens.ndim != 3 or tokens.dtype != np.float32 or not np.isfinite(tokens).all():
+            raise PrototypeError("prototypes: tokens are not finite float32 of shape (S, N, C)")
+        if not (0 < self.scale < float("inf") and 0 <= self.min_confidence <= 1):
+            raise PrototypeError(
+                f"prototypes: scale {self.scale} or min_confidence {self.min_confidence} is out of "
+                f"range: export again"
+            )
 
 
 def encode_labels(labels: Sequence[str]) -> tuple[tuple[str, ...], NDArray[np.int64]]:

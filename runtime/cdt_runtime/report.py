@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from cdt_runtime.bundle import Bundle
-from cdt_runtime.classifier import FewShotClassifier, Prediction
+from cdt_runtime.classifier import FewShotClassifier
+from cdt_runtime.prediction import Prediction
 
 NOTICE = "Research use only: not a medical device."
 
@@ -17,6 +21,7 @@ def as_record(prediction: Prediction, classifier: FewShotClassifier) -> dict[str
     ct = asdict(prediction.ct) if prediction.ct else None
     return {
         "tile": prediction.tile,
+        "sha256": prediction.sha256,
         "label": prediction.label,
         "nearest": prediction.nearest,
         "probabilities": prediction.probabilities,
@@ -36,6 +41,24 @@ def as_record(prediction: Prediction, classifier: FewShotClassifier) -> dict[str
 def as_json(prediction: Prediction, classifier: FewShotClassifier) -> str:
     """Return the JSON line of one prediction."""
     return json.dumps(as_record(prediction, classifier), ensure_ascii=False)
+
+
+def failure_as_json(tile: str, message: str) -> str:
+    """Return the JSON line of a tile that could not be used."""
+    return json.dumps({"tile": tile, "error": message}, ensure_ascii=False)
+
+
+def distinct_names(paths: Sequence[str]) -> list[str]:
+    """Shorten paths to as few of their last parts as tell them all apart.
+
+    Patients' folders often hold files of one name: `tile.ome.tif` would then name none of them.
+    """
+    parts = [Path(os.path.abspath(path)).parts for path in paths]
+    distinct = len(set(parts))
+    depth = 1
+    while len({part[-depth:] for part in parts}) < distinct:
+        depth += 1
+    return ["/".join(part[-depth:]) for part in parts]
 
 
 def as_text(prediction: Prediction) -> str:

@@ -25,7 +25,7 @@ GRAPHS = ("ct_encoder", "path_encoder", "bridge", "head", "tile_classifier")
 def trained(trained_dir: Path) -> Trained:
     made = load_trained(trained_dir / "best_model.pt")
     with torch.no_grad():
-        made.model.bridge.gate.fill_(0.5)  # so that the CT takes part in what is compared
+        made.model.bridge.gate.fill_(0.01)  # as open as a trained gate on unpaired data
     return made
 
 
@@ -97,8 +97,8 @@ def test_batch_and_classes_are_dynamic(bundle_dir: Path, batch: int, classes: in
 LAST_BIAS = {
     "ct_encoder": "project.bias",
     "path_encoder": "project.bias",
-    "bridge": "output.bias",
-    "tile_classifier": "project.bias",
+    "bridge": "value.bias",
+    "tile_classifier": "value.bias",
 }
 """A weight that every output hangs on, so that changing it can't go unseen in a dead channel."""
 
@@ -138,6 +138,25 @@ def test_an_export_with_one_weight_changed_is_refused(
         prove(trained, graphs, sessions, held_out, precision)
 
 
+def test_answers_that_are_no_numbers_are_refused(
+    trained: Trained, exported: tuple[str, dict[str, bytes]]
+) -> None:
+    precision, models = exported
+    _, held_out = read_tiles(trained, None)
+    graphs = build_graphs(trained.model, trained.preprocess, n_classes=2)
+
+    class Broken:
+        engine = "broken"
+
+        def run(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+            nothing = np.full((len(inputs["embedding"]), 2), np.nan, np.float32)
+            return {"logits": nothing, "distances": nothing}
+
+    sessions = {name: open_session("onnxruntime", data) for name, data in models.items()}
+    with pytest.raises(ParityError, match="head: logits is not finite"):
+        prove(trained, graphs, {**sessions, "head": Broken()}, held_out, precision)
+
+
 def test_nothing_is_written_when_parity_fails(
     trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -158,7 +177,9 @@ def test_half_precision_is_half_the_size_and_answers_rightly_on_a_cpu(
     assert half < 0.7 * full
     gaps = self_test(Bundle.open(fp16_dir), "onnxruntime", tolerance=2e-2)
     assert max(gaps.values()) > 0  # it did compute in half precision
-    with pytest.raises(ParityError, match=r"half: out_\w+ is off by .* allowed 1e-09"):
+    with pytest.raises(
+        ParityError, match=r"half on onnxruntime: out_\w+ is off by .* allowed 1e-09"
+    ):
         self_test(Bundle.open(fp16_dir), "onnxruntime", tolerance=1e-9)
 
 
@@ -195,8 +216,27 @@ def test_data_that_has_moved_is_found_by_option_or_said(
     patient, region = name.split("/")[1:3]
     kept = [row for row in rows if not row.startswith(f"{patient},{region},")]
     (tmp_path / "moved" / "pathology_data" / "labels.csv").write_text("\n".join(kept) + "\n")
-    with pytest.raises(DatasetError, match="1 tiles of the training run are missing, first"):
+    with pytest.raises(DatasetError, match="1 tiles of the training run are missing or lab"):
         read_tiles(trained, tmp_path / "moved")
+
+
+def test_labels_and_images_must_be_those_of_the_training(
+    trained: Trained, phantom_dir: Path, tmp_path: Path
+) -> None:
+    data = Path(shutil.copytree(phantom_dir, tmp_path / "data"))
+    labels = data / "pathology_data" / "labels.csv"
+    rows = labels.read_text()
+    swapped = rows.replace("tumor_stroma", "x").replace("invasion_front", "tumor_stroma")
+    labels.write_text(swapped.replace(",x", ",invasion_front"))
+    with pytest.raises(DatasetError, match="48 tiles of the training run are missing or labelled"):
+        read_tiles(trained, data)
+    labels.write_text(rows)
+    first, second = (data / name for name in trained.info["split"]["test"][:2])
+    kept = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    second.write_bytes(kept)
+    with pytest.raises(DatasetError, match="is another image than the model was trained on"):
+        read_tiles(trained, data)
 
 
 def test_an_unfinished_checkpoint_is_refused(trained_dir: Path) -> None:

@@ -2,31 +2,39 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
-from cdt_runtime.bundle import MANIFEST, Bundle, newest_bundle, write_bundle
+from cdt_runtime.bundle import GRAPHS, MANIFEST, Bundle, newest_bundle, write_bundle
 from cdt_runtime.errors import BundleError
 
-FILES = {"a.onnx": b"graph", "b.json": b"{}"}
+FILES = {f"{name}.onnx": b"graph of " + name.encode() for name in GRAPHS}
+FACTS = {
+    "precision": "fp32",
+    "graphs": {name: {} for name in GRAPHS},
+    "preprocess": {},
+    "training": {"data": "none"},
+}
 
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    return write_bundle(tmp_path / "small", FILES, {"precision": "fp32"}).path
+    return write_bundle(tmp_path / "small", FILES, FACTS).path
 
 
 def test_what_was_written_is_read(path: Path) -> None:
     bundle = Bundle.open(path)
-    assert bundle.read("a.onnx") == b"graph"
+    assert bundle.read("head.onnx") == b"graph of head"
     assert bundle.manifest["precision"] == "fp32"
     assert len(bundle.identity) == 12
 
 
 def test_writing_again_replaces_the_whole_bundle(path: Path) -> None:
-    write_bundle(path, {"c.json": b"new"}, {})
-    assert sorted(entry.name for entry in path.iterdir()) == [MANIFEST, "c.json"]
+    write_bundle(path, {**FILES, "c.json": b"new"}, FACTS)
+    assert {entry.name for entry in path.iterdir()} == {MANIFEST, "c.json", *FILES}
+    assert Bundle.open(path).read("c.json") == b"new"
     assert [entry.name for entry in path.parent.iterdir()] == ["small"]
 
 
@@ -34,14 +42,14 @@ def test_a_folder_of_something_else_is_never_replaced(tmp_path: Path) -> None:
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter1.txt").write_text("years of work")
     with pytest.raises(BundleError, match="exists and is not a bundle: give another --output"):
-        write_bundle(tmp_path / "thesis", FILES, {})
+        write_bundle(tmp_path / "thesis", FILES, FACTS)
     assert (tmp_path / "thesis" / "chapter1.txt").read_text() == "years of work"
 
 
 def test_a_flip_of_any_byte_is_refused(path: Path) -> None:
-    for file in sorted(path.iterdir()):
+    for file in (path / "head.onnx", path / MANIFEST):
         whole = file.read_bytes()
-        for position in range(len(whole)):
+        for position in range(0, len(whole), 3):
             file.write_bytes(
                 whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :]
             )
@@ -52,21 +60,21 @@ def test_a_flip_of_any_byte_is_refused(path: Path) -> None:
 
 
 def test_an_altered_file_is_named(path: Path) -> None:
-    (path / "a.onnx").write_bytes(b"graph?")
-    with pytest.raises(BundleError, match=r"small/a\.onnx: altered since export"):
+    (path / "head.onnx").write_bytes(b"graph?")
+    with pytest.raises(BundleError, match=r"small/head\.onnx: altered since export"):
         Bundle.open(path)
 
 
 def test_a_file_altered_after_opening_is_refused_too(path: Path) -> None:
     bundle = Bundle.open(path)
-    (path / "a.onnx").write_bytes(b"grapf")
+    (path / "head.onnx").write_bytes(b"graph of heaf")
     with pytest.raises(BundleError, match="altered since export"):
-        bundle.read("a.onnx")
+        bundle.read("head.onnx")
 
 
 def test_an_unlisted_file_is_refused(path: Path) -> None:
-    (path / "a.onnx.data").write_bytes(b"external")
-    with pytest.raises(BundleError, match=r"small/a\.onnx\.data: not in the manifest: remove it"):
+    (path / "head.onnx.data").write_bytes(b"external")
+    with pytest.raises(BundleError, match=r"small/head\.onnx\.data: not in the manifest: remo"):
         Bundle.open(path)
 
 
@@ -76,15 +84,15 @@ def test_plans_of_this_machine_are_let_be(path: Path) -> None:
 
 
 def test_a_missing_file_is_named(path: Path) -> None:
-    (path / "b.json").unlink()
-    with pytest.raises(BundleError, match=r"small/b\.json: missing: copy or export"):
+    (path / "bridge.onnx").unlink()
+    with pytest.raises(BundleError, match=r"small/bridge\.onnx: missing: copy or export"):
         Bundle.open(path)
 
 
 def test_a_link_is_refused(path: Path, tmp_path: Path) -> None:
-    (tmp_path / "elsewhere").write_bytes(b"graph")
-    (path / "a.onnx").unlink()
-    os.symlink(tmp_path / "elsewhere", path / "a.onnx")
+    (tmp_path / "elsewhere").write_bytes(b"graph of head")
+    (path / "head.onnx").unlink()
+    os.symlink(tmp_path / "elsewhere", path / "head.onnx")
     with pytest.raises(BundleError, match="a link or a path, not a file of the bundle"):
         Bundle.open(path)
 
@@ -129,6 +137,66 @@ def test_the_newest_bundle_is_found(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=r"no bundle in .*: make one with cdt-train and cdt-expo"):
         newest_bundle(tmp_path)
     for age, name in ((20, "old"), (10, "new"), (30, "oldest")):
-        made = write_bundle(tmp_path / name, FILES, {}).path / MANIFEST
+        made = write_bundle(tmp_path / name, FILES, FACTS).path / MANIFEST
         os.utime(made, ns=(10**18 - age, 10**18 - age))
     assert newest_bundle(tmp_path).name == "new"
+
+
+def test_an_export_that_was_killed_is_no_bundle(tmp_path: Path) -> None:
+    made = write_bundle(tmp_path / "good", FILES, FACTS).path
+    shutil.copytree(made, tmp_path / ".good.abc.partial")
+    os.utime(tmp_path / ".good.abc.partial" / MANIFEST, ns=(2**62, 2**62))
+    assert newest_bundle(tmp_path).name == "good"
+    write_bundle(tmp_path / "good", FILES, FACTS)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["good"]
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_a_failed_write_leaves_the_old_bundle(
+    path: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool
+) -> None:
+    if not exchange:
+        monkeypatch.setattr("ctypes.CDLL", lambda *_, **__: object())
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    write_bundle(path, {**FILES, "c.json": b"old"}, FACTS)
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_bundle(path, FILES, FACTS)
+    monkeypatch.undo()
+    assert Bundle.open(path).read("c.json") == b"old"
+    assert [entry.name for entry in path.parent.iterdir()] == ["small"]
+
+
+def test_a_system_without_exchange_replaces_too(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ctypes.CDLL", lambda *_, **__: object())
+    write_bundle(path, {**FILES, "c.json": b"new"}, FACTS)
+    assert Bundle.open(path).read("c.json") == b"new"
+    assert [entry.name for entry in path.parent.iterdir()] == ["small"]
+
+
+@pytest.mark.parametrize("key", ["files", "graphs", "preprocess", "training", "precision"])
+def test_a_manifest_that_lacks_a_part_is_refused(tmp_path: Path, key: str) -> None:
+    facts = {name: value for name, value in FACTS.items() if name != key}
+    files = {} if key == "files" else FILES
+    with pytest.raises(BundleError, match=rf"bundle\.json: lacks {key}\b.*: export again with"):
+        write_bundle(tmp_path / "small", files, facts)
+
+
+def test_a_manifest_of_endless_brackets_is_refused(path: Path) -> None:
+    (path / MANIFEST).write_text("[" * 200_000)
+    with pytest.raises(BundleError, match="not valid JSON: export again"):
+        Bundle.open(path)
+
+
+def test_a_bundle_that_cannot_be_read_is_said(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_bytes", denied)
+    with pytest.raises(BundleError, match=r"small: can't be read \(Permission denied\)"):
+        Bundle.open(path)

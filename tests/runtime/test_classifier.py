@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -145,8 +146,6 @@ def test_a_blank_tile_gets_no_answer(classifier: FewShotClassifier) -> None:
 
 
 def test_low_confidence_gets_no_answer(classifier: FewShotClassifier, tiles: list[Path]) -> None:
-    from dataclasses import replace
-
     classifier.prototypes = replace(classifier.prototypes, min_confidence=1.0)
     prediction = classifier.predict(tiles[:1])[0]
     assert prediction.abstained
@@ -192,12 +191,73 @@ def test_missing_channels_are_filled_only_if_training_hid_some(
     with pytest.raises(PrototypeError, match="prototypes were made by encoder"):
         FewShotClassifier(strict)
     old = Prototypes.from_files(files[TENSORS], files[FACTS], encoder_sha256=bundle.encoder_sha256)
-    from dataclasses import replace
-
     files |= replace(old, encoder_sha256=strict.encoder_sha256).to_files()
     classifier = FewShotClassifier(write_bundle(tmp_path / "strict", files, facts))
     with pytest.raises(TileError, match="--fill-missing: this model was trained with every chann"):
         classifier.read(tiles[0], fill_missing=True)
+
+
+@pytest.mark.parametrize("dtype", ["int64", "int32", "bool", "complex64", "int8"])
+def test_arrays_of_unfit_types_are_refused(classifier: FewShotClassifier, dtype: str) -> None:
+    with pytest.raises(TileError, match=f"array of {dtype}: expected one of uint8, uint16"):
+        classifier.predict([np.zeros((64, 64, 6), dtype)])
+
+
+def test_values_that_are_not_finite_never_become_an_answer(
+    classifier: FewShotClassifier, ct: Path
+) -> None:
+    pixels = np.full((64, 64, 6), 0.5)
+    pixels[3, 3, 3] = np.nan
+    with pytest.raises(TileError, match="array: samples run from nan to nan, expected 0 to 1"):
+        classifier.predict([pixels])
+    volume = read_series(ct)
+    with pytest.raises(SeriesError, match="some HU are not finite: mask them to -1024 first"):
+        classifier.context(replace(volume, hu=volume.hu * np.nan))
+
+
+def test_a_volume_is_known_by_its_values(classifier: FewShotClassifier, ct: Path) -> None:
+    volume = read_series(ct)
+    first = classifier.context(volume)
+    again = classifier.context(replace(volume, series_hash="another"))
+    other = classifier.context(replace(volume, hu=volume.hu - 500))
+    assert [context.used.cache_hit for context in (first, again, other) if context.used] == [
+        False,
+        True,
+        False,
+    ]
+    assert not np.array_equal(first.tokens, other.tokens)
+
+
+def test_a_volume_needs_its_slices(classifier: FewShotClassifier, ct: Path) -> None:
+    volume = read_series(ct)
+    with pytest.raises(SeriesError, match=r"volume of shape \(2, 256, 256\): expected \(D, H, W\)"):
+        classifier.context(replace(volume, hu=volume.hu[:2]))
+
+
+@pytest.mark.parametrize("one", ["a.tif", Path("a.tif"), np.zeros((64, 64, 6), np.uint8)])
+def test_one_tile_in_place_of_several_is_said(classifier: FewShotClassifier, one: object) -> None:
+    for method in (classifier.predict, classifier.embed):
+        with pytest.raises(TileError, match="one tile where several are expected: put it in a l"):
+            method(one)  # type: ignore[arg-type]
+
+
+def test_no_tiles_give_no_answers(classifier: FewShotClassifier) -> None:
+    assert classifier.predict([]) == []
+    assert classifier.embed([]).shape == (0, 32)
+
+
+def test_a_fit_that_fails_changes_nothing(
+    classifier: FewShotClassifier, tiles: list[Path], tmp_path: Path
+) -> None:
+    with pytest.raises(SeriesError):
+        classifier.fit(tiles, ["x", "y"], ct=tmp_path / "gone")
+    assert classifier.classes == ("invasion_front", "tumor_stroma")
+
+
+def test_an_oblong_tile_is_warned_about(classifier: FewShotClassifier) -> None:
+    pixels = np.random.default_rng(0).integers(0, 255, (64, 128, 6), dtype=np.uint8)
+    warnings = classifier.predict([pixels])[0].warnings
+    assert "oblong tile: only the centre square counts, 50% of its area" in warnings
 
 
 def test_an_unknown_backend_is_said(bundle_dir: Path) -> None:

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +79,7 @@ def test_json_has_one_object_a_line_with_the_promised_keys(
     assert len(records) == 2
     assert set(records[0]) == {
         "tile",
+        "sha256",
         "label",
         "nearest",
         "probabilities",
@@ -134,10 +137,38 @@ def test_a_bad_tile_does_not_cost_the_others_their_answer(
     code, out, err = infer(ct, tile, "notes.txt", tile, "--json")
     records = [json.loads(line) for line in out.splitlines()]
     assert code == 2
-    assert [record["tile"] for record in records] == [tile.name, tile.name, "notes.txt"]
-    assert "error" in records[2]
+    assert [record["tile"] for record in records] == [tile.name, "notes.txt", tile.name]
+    assert set(records[1]) == {"tile", "error"}
     assert err.startswith("error: notes.txt: ")
     assert err.count("\n") == 1
+
+
+def test_tiles_of_one_name_are_told_apart(infer: Shell, phantom_dir: Path, ct: Path) -> None:
+    regions = [
+        phantom_dir / "pathology_data" / patient / "region_001" / "tile.ome.tif"
+        for patient in ("Patient_001", "Patient_002")
+    ]
+    records = [json.loads(line) for line in infer(ct, *regions, "--json")[1].splitlines()]
+    assert [record["tile"] for record in records] == [
+        "Patient_001/region_001/tile.ome.tif",
+        "Patient_002/region_001/tile.ome.tif",
+    ]
+    assert records[0]["sha256"] != records[1]["sha256"]
+
+
+def test_results_that_cannot_be_written_are_an_error(
+    bundle_dir: Path, ct: Path, tile: Path, cache_dir: Path
+) -> None:
+    command = [Path(sys.executable).with_name("cdt-infer"), ct, tile, "--bundle", bundle_dir]
+    with Path("/dev/full").open("w") as full:
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert result.returncode == 2
+    assert result.stderr == "error: results can't be written: no space left on the device\n"
+    closed = subprocess.run(
+        ["sh", "-c", 'exec "$@" >&-', "sh", *command], stderr=subprocess.PIPE, text=True
+    )
+    assert closed.returncode == 2
+    assert closed.stderr == "error: standard output is closed: the results would be lost\n"
 
 
 def write_rgb(path: Path) -> Path:
@@ -162,6 +193,10 @@ def write_rgb(path: Path) -> Path:
         (("{ct}", "{tile}", "--backend", "tpu"), "backend 'tpu': expected one of onnxruntime, cu"),
         (("{ct}", "{tile}", "--backend", "cuda"), "CUDA"),
         (("{ct}", "{tile}", "--mpp", "-1"), "Invalid value for '--mpp'"),
+        (("{ct}", "{tile}", "--series", ""), "--series is empty: is a variable of your script uns"),
+        (("", "{tile}"), "an empty path was given: is a variable of your script unset?"),
+        (("{ct}", ""), "an empty path was given: is a variable of your script unset?"),
+        (("x" * 5000, "{tile}"), "name too long"),
         (("{ct}", "{tile}", "--series", "1.2.3"), "does not hold the series asked for; it holds"),
     ],
 )

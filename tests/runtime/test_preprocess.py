@@ -72,6 +72,16 @@ def test_sixteen_bit_tiles_are_scaled_by_their_bits() -> None:
     assert SPEC.tile(pixels, 16, name="t").max() == 16
 
 
+def test_twelve_bits_in_sixteen_are_scaled_by_what_training_saw() -> None:
+    spec = Preprocess(channels=("DAPI", "PanCK"), image_size=64, tile_dtype="float32", tile_bits=12)
+    pixels = np.random.default_rng(0).normal(900, 400, (64, 64, 2)).clip(0, 4095)
+    array = spec.tile(pixels.astype(np.uint16), 16, name="t")
+    assert array.max() > 0.4
+    assert not spec.is_blank(array)
+    with pytest.raises(TileError, match="expected 0 to 4095 for uint16"):
+        spec.tile(np.full((64, 64, 2), 9000, np.uint16), 16, name="t")
+
+
 def test_float_models_get_fractions() -> None:
     spec = Preprocess(channels=("DAPI", "PanCK"), image_size=64, tile_dtype="float32")
     array = spec.tile(np.full((64, 64, 2), 51, dtype=np.uint8), 8, name="t")

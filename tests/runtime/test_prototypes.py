@@ -54,6 +54,23 @@ def test_numbers_that_do_not_fit_are_refused() -> None:
         Prototypes.from_files(files[TENSORS], files[FACTS], encoder_sha256="e" * 64)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"labels": np.array([0, 5, 1])}, "labels do not number the 2 classes"),
+        ({"labels": np.array([0, 0, 0])}, "labels do not number the 2 classes"),
+        ({"tokens": SUPPORT.tokens * np.nan}, "tokens are not finite float32 of shape"),
+        ({"tokens": SUPPORT.tokens[:, 0]}, "tokens are not finite float32 of shape"),
+        ({"scale": float("nan")}, "scale nan or min_confidence 0.6 is out of range"),
+        ({"min_confidence": 1.5}, "scale 3.5 or min_confidence 1.5 is out of range"),
+    ],
+)
+def test_prototypes_that_make_no_sense_are_refused(change: dict[str, object], message: str) -> None:
+    files = replace(SUPPORT, **change).to_files()  # type: ignore[arg-type]
+    with pytest.raises(PrototypeError, match=message):
+        Prototypes.from_files(files[TENSORS], files[FACTS], encoder_sha256="e" * 64)
+
+
 def test_class_means_are_unit_vectors_of_their_class() -> None:
     embeddings = np.array([[1, 0], [0, 1], [0.6, 0.8]], dtype=np.float32)
     means = class_means(embeddings, np.array([0, 1, 1]), 2)

@@ -43,6 +43,17 @@ def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
         ("training.k_shot=five", r"training\.k_shot: 'five': input should be a valid integer"),
         ("training.k_shot=0", r"training\.k_shot: 0: input should be greater than or equal to 1"),
         ("data.image_size=225", r"data\.image_size: 225: input should be a multiple of 32"),
+        (
+            "data.slice_size=32",
+            r"data\.slice_size: 32: input should be greater than",
+        ),
+        ("data.hu_windows=[[9, 9]]", r"data\.hu_windows: .*each window is \[low, high\] in HU"),
+        (
+            "model.ct_widths=[8,8,12,16]",
+            r"model\.ct_widths\.2: 12: input should be a multiple",
+        ),
+        ("training.seed=5000000000", r"training\.seed: 5000000000: input should be less than"),
+        ("training.test_episodes=1", r"training\.test_episodes: 1: input should be greater than"),
         ("training.device=gpu", r"training\.device: 'gpu': input should be 'auto', 'cpu' or"),
         ("model.attention_num_heads=7", r"model\.feature_dim: 512 is not a multiple of .* \(7\)"),
         ("k_shot", r"'k_shot': expected key=value, such as training\.num_epochs=20"),

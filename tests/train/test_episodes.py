@@ -55,9 +55,7 @@ def test_too_few_tiles_are_said() -> None:
 
 
 def test_too_few_classes_are_said() -> None:
-    with pytest.raises(
-        DatasetError, match=r"training\.n_way: 4 classes asked for, the split holds 3"
-    ):
+    with pytest.raises(DatasetError, match=r"4 classes are needed and one side of a split holds 3"):
         sampler(n_way=4)
 
 
@@ -98,7 +96,24 @@ def test_held_out_groups_are_apart_and_hold_every_class() -> None:
     assert len(rest) + len(held) == len(LABELS)
 
 
+@pytest.mark.parametrize(("classes", "patients"), [(2, 4), (3, 6), (5, 6), (9, 8)])
+def test_patients_with_one_label_each_can_be_parted(classes: int, patients: int) -> None:
+    labels = np.repeat(np.arange(classes), patients * 4)
+    groups = np.repeat(np.arange(classes * patients), 4)
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        for side in hold_out_groups(labels, groups, 0.25, rng):
+            names = [str(c) for c in range(classes)]
+            draw = EpisodeSampler(
+                labels[side], groups[side], names, n_way=None, k_shot=3, n_query=2
+            )
+            for _ in range(20):
+                episode = draw.sample(rng)
+                sides = [groups[side][index] for index in (episode.support, episode.query)]
+                assert set(sides[0]) & set(sides[1]) == set()
+
+
 def test_too_few_groups_to_hold_out_are_said() -> None:
     few = GROUPS < 3
-    with pytest.raises(DatasetError, match=r"3 patients \(or groups\) outside the test fold can't"):
+    with pytest.raises(DatasetError, match=r"outside the test fold a class comes from 3 patients"):
         hold_out_groups(LABELS[few], GROUPS[few], 0.25, np.random.default_rng(0))

@@ -9,8 +9,11 @@ import torch
 
 from cdt_runtime.console import run
 from cdt_runtime.errors import CheckpointError, DatasetError, TrainingError
+from cdt_runtime.preprocess import Preprocess
 from cdt_train.cli import train_command
 from cdt_train.config import load_recipe
+from cdt_train.data import read_hospital
+from cdt_train.data.arrays import load_ct
 from cdt_train.run import run_training
 
 Tiny = tuple[str, ...]
@@ -124,6 +127,47 @@ def test_an_earlier_run_is_never_overwritten(
         run_training(other, data_dir=phantom_dir, output_dir=trained_dir, resume=True)
 
 
+def test_a_run_that_never_began_claims_nothing(
+    phantom_dir: Path, tiny_recipe: Tiny, tmp_path: Path
+) -> None:
+    recipe = load_recipe(None, [*tiny_recipe, "training.k_shot=30"])
+    with pytest.raises(DatasetError, match="an episode takes k_shot"):
+        run_training(recipe, data_dir=phantom_dir, output_dir=tmp_path / "models", resume=False)
+    assert not (tmp_path / "models").exists()
+
+
+def test_other_data_are_not_resumed(
+    trained_dir: Path, phantom_dir: Path, tiny_recipe: Tiny, tmp_path: Path
+) -> None:
+    recipe = load_recipe(None, tiny_recipe)
+    data = Path(shutil.copytree(phantom_dir, tmp_path / "data"))
+    run = Path(shutil.copytree(trained_dir, tmp_path / "run"))
+    assert run_training(recipe, data_dir=data, output_dir=run, resume=True)["seed"] == 0
+    assert run_training(recipe, data_dir=None, output_dir=run, resume=True)["phantom"] is True
+    labels = data / "pathology_data" / "labels.csv"
+    labels.write_text(labels.read_text().replace("Patient_001", "Patient_009"))
+    (data / "pathology_data" / "Patient_001").rename(data / "pathology_data" / "Patient_009")
+    with pytest.raises(CheckpointError, match=r"was trained on other data than .* holds now"):
+        run_training(recipe, data_dir=data, output_dir=run, resume=True)
+
+
+def test_the_same_image_under_two_patients_is_refused(
+    phantom_dir: Path, tiny_recipe: Tiny, tmp_path: Path
+) -> None:
+    data = Path(shutil.copytree(phantom_dir, tmp_path / "data"))
+    tiles = [
+        next((data / "pathology_data" / p).rglob("*.tif")) for p in ("Patient_001", "Patient_002")
+    ]
+    tiles[1].write_bytes(tiles[0].read_bytes())
+    with pytest.raises(DatasetError, match="are the same image under two patients"):
+        run_training(
+            load_recipe(None, tiny_recipe),
+            data_dir=data,
+            output_dir=tmp_path / "models",
+            resume=False,
+        )
+
+
 def test_labels_that_do_not_exist_are_not_made_up(
     phantom_dir: Path, tiny_recipe: Tiny, tmp_path: Path
 ) -> None:
@@ -151,8 +195,12 @@ def test_an_unreadable_tile_or_series_is_named(
         run_training(recipe, data_dir=data, output_dir=tmp_path / "a", resume=False)
     tile.write_bytes(whole)
     sorted((data / "ct_data" / "R_002").rglob("*.dcm"))[10].unlink()
-    with pytest.raises(DatasetError, match=r"ct_data/R_002: .*gap"):
-        run_training(recipe, data_dir=data, output_dir=tmp_path / "b", resume=False)
+    ct, warnings = load_ct(
+        read_hospital(data), Preprocess(channels=("R",)), data, lambda items, _: items
+    )
+    assert ct.patients == ("R_001", "R_003")
+    assert len(warnings) == 1
+    assert warnings[0].startswith("ct_data/R_002/20000101/SERIES: left out: slice gap")
 
 
 def cdt_train(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:

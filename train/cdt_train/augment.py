@@ -6,6 +6,8 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional
 
+from cdt_train.encoders.conv2d import unit_scale
+
 
 def augment_tiles(tiles: Tensor, channel_dropout: float, generator: Generator) -> Tensor:
     """Flip, turn, zoom and re-stain tiles, each on its own.
@@ -18,7 +20,7 @@ def augment_tiles(tiles: Tensor, channel_dropout: float, generator: Generator) -
     Returns:
         `(B, M, S, S)` float32, 0 to 1.
     """
-    unit = tiles.float() / 255.0 if tiles.dtype == torch.uint8 else tiles.float()
+    unit = unit_scale(tiles)
     count, channels = unit.shape[:2]
     moved = _turned(_zoomed(unit, generator), generator)
     gain = torch.exp(0.2 * torch.randn(count, channels, 1, 1, generator=generator))

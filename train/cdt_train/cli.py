@@ -14,7 +14,7 @@ from cdt_runtime.console import run
 EXAMPLES = """
 \b
 Examples:
-  cdt-train --kshot 5                                  phantom data, a few minutes
+  cdt-train --kshot 5                       on phantom data, a few minutes
   cdt-train --kshot 5 --data-dir DATA --output-dir out
   cdt-train --config my.yaml training.num_epochs=30 --resume
 
@@ -82,4 +82,4 @@ def train_command(
 
 def main() -> NoReturn:
     """Entry point of `cdt-train`."""
-    run(train_command)
+    run(train_command, extra="train")

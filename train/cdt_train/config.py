@@ -9,14 +9,17 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from cdt_runtime.errors import RecipeError
 
 DEFAULT_MARKERS = ("DAPI", "PanCK", "CD3", "CD8", "FOXP3", "PDL1")
+
+
+Width = Annotated[int, Field(ge=8, multiple_of=8)]
 
 
 class _Section(BaseModel):
@@ -31,12 +34,21 @@ class DataRecipe(_Section):
         None, description="tile channels; null: R, G, B for RGB tiles, else the default markers"
     )
     channel_dropout: float = Field(
-        0.1, ge=0, lt=1, description="chance that training hides a marker; 0 for RGB tiles"
+        0.1, ge=0, lt=1, description="chance that training hides a marker; RGB tiles: never"
     )
     ct_depth: int = Field(16, ge=8, multiple_of=8)
-    slice_size: int = Field(128, ge=32, multiple_of=32)
+    slice_size: int = Field(128, ge=64, multiple_of=32)
     image_size: int = Field(224, ge=32, multiple_of=32)
     hu_windows: tuple[tuple[float, float], ...] = ((-1000.0, 1000.0),)
+
+    @field_validator("hu_windows")
+    @classmethod
+    def _low_before_high(
+        cls, windows: tuple[tuple[float, float], ...]
+    ) -> tuple[tuple[float, float], ...]:
+        if not windows or any(not low < high for low, high in windows):
+            raise ValueError("each window is [low, high] in HU with low below high")
+        return windows
 
 
 class ModelRecipe(_Section):
@@ -44,14 +56,14 @@ class ModelRecipe(_Section):
 
     feature_dim: int = Field(512, ge=8, description="width of tokens and of the embedding")
     attention_num_heads: int = Field(8, ge=1)
-    path_widths: tuple[int, int, int, int] = (16, 32, 64, 128)
-    ct_widths: tuple[int, int, int, int] = (16, 32, 64, 128)
+    path_widths: tuple[Width, Width, Width, Width] = (16, 32, 64, 128)
+    ct_widths: tuple[Width, Width, Width, Width] = (16, 32, 64, 128)
 
 
 class TrainingRecipe(_Section):
     """How it is trained and evaluated."""
 
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**32)
     num_folds: int = Field(3, ge=2, description="folds by patient, or by group")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     # Phase 1: self-supervised pretraining on CT.
@@ -64,7 +76,9 @@ class TrainingRecipe(_Section):
     num_epochs: int = Field(6, ge=1)
     episodes_per_epoch: int = Field(20, ge=1)
     k_shot: int = Field(5, ge=1)
-    n_way: int | None = Field(None, ge=2, description="null: all classes")
+    n_way: int | None = Field(
+        None, ge=2, description="classes of a training episode; null: all, as in evaluation"
+    )
     n_query: int = Field(8, ge=1, description="query tiles a class in a training episode")
     learning_rate: float = Field(2e-3, gt=0)
     weight_decay: float = Field(5e-3, ge=0)
@@ -75,8 +89,8 @@ class TrainingRecipe(_Section):
     domain_weight: float = Field(0.3, ge=0, description="top of the gradient-reversal ramp")
     ct_dropout: float = Field(0.5, ge=0, le=1, description="chance of an episode without CT")
     val_share: float = Field(0.25, gt=0, lt=1, description="of a fold's training patients")
-    val_episodes: int = Field(200, ge=1)
-    test_episodes: int = Field(1000, ge=1)
+    val_episodes: int = Field(200, ge=2)
+    test_episodes: int = Field(1000, ge=2)
     test_queries: int = Field(5, ge=1, description="query tiles a class in an evaluation episode")
     min_confidence: float = Field(0.6, ge=0, le=1, description="below it the answer is none")
     keep_checkpoints: int = Field(3, ge=1)

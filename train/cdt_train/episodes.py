@@ -64,6 +64,11 @@ class EpisodeSampler:
         self.n_way = n_way or len(self.present)
         self.k_shot, self.n_query = k_shot, n_query
         self._names = class_names
+        self._tiles = {
+            (int(c), int(g)): np.flatnonzero((labels == c) & (groups == g))
+            for c in self.present
+            for g in np.unique(groups[labels == c])
+        }
         self._check()
 
     def sample(self, rng: np.random.Generator) -> Episode:
@@ -74,9 +79,9 @@ class EpisodeSampler:
         """
         for _ in range(self.ATTEMPTS):
             classes = np.sort(rng.choice(self.present, self.n_way, replace=False))
-            sides = self._part_groups(classes, rng)
-            if sides is not None:
-                return self._draw(classes, sides, rng)
+            side = self._part_groups(classes, rng)
+            if side is not None:
+                return self._draw(classes, side, rng)
         raise DatasetError(
             f"no {self.n_way}-way {self.k_shot}-shot episode found whose support and query come "
             f"from different patients or groups: lower --kshot, or add patients to each class"
@@ -85,8 +90,8 @@ class EpisodeSampler:
     def _check(self) -> None:
         if self.n_way > len(self.present):
             raise DatasetError(
-                f"training.n_way: {self.n_way} classes asked for, the split holds "
-                f"{len(self.present)}: lower it"
+                f"{self.n_way} classes are needed and one side of a split holds "
+                f"{len(self.present)}: add patients to the rarer classes, or lower --num-folds"
             )
         for label in self.present:
             mine = self.labels == label
@@ -103,25 +108,40 @@ class EpisodeSampler:
                     f"--num-folds"
                 )
 
-    def _part_groups(self, classes: Ints, rng: np.random.Generator) -> tuple[Ints, Ints] | None:
-        """Cut the groups in two: support side (at least k_shot a class) and query side."""
-        relevant = np.isin(self.labels, classes)
-        order = rng.permutation(np.unique(self.groups[relevant]))
-        counts = np.array(
-            [[np.sum((self.groups == g) & (self.labels == c)) for c in classes] for g in order]
-        )
-        enough = np.all(counts.cumsum(axis=0) >= self.k_shot, axis=1)
-        left = np.all(counts[::-1].cumsum(axis=0)[::-1] >= 1, axis=1)
-        cuts = np.flatnonzero(enough[:-1] & left[1:]) + 1
-        if len(cuts) == 0:
-            return None
-        cut = int(rng.choice(cuts))
-        return order[:cut], order[cut:]
+    def _part_groups(self, classes: Ints, rng: np.random.Generator) -> dict[int, bool] | None:
+        """Give each group a side: True for support, False for query.
 
-    def _draw(self, classes: Ints, sides: tuple[Ints, Ints], rng: np.random.Generator) -> Episode:
+        Class by class, groups are taken until the support side holds k_shot tiles and the query
+        side one; the groups that no class needed then go either way. None where a class runs out.
+        """
+        side: dict[int, bool] = {}
+        for c in rng.permutation(classes):
+            mine = rng.permutation([g for kind, g in self._tiles if kind == c])
+            for support, needed in ((True, self.k_shot), (False, 1)):
+                held = sum(len(self._tiles[c, g]) for g in mine if side.get(g) is support)
+                for g in mine:
+                    if held >= needed:
+                        break
+                    if g not in side:
+                        side[int(g)] = support
+                        held += len(self._tiles[c, g])
+                if held < needed:
+                    return None
+        rest = sorted({g for c, g in self._tiles if c in classes} - set(side))
+        return side | {g: bool(rng.random() < 0.5) for g in rest}
+
+    def _pools(self, classes: Ints, side: dict[int, bool], support: bool) -> list[Ints]:
+        """Tiles of each class whose group is on one side."""
+        return [
+            np.concatenate(
+                [t for (k, g), t in self._tiles.items() if k == c and side[g] is support]
+            )
+            for c in classes
+        ]
+
+    def _draw(self, classes: Ints, side: dict[int, bool], rng: np.random.Generator) -> Episode:
         support_pools, query_pools = (
-            [np.flatnonzero((self.labels == c) & np.isin(self.groups, side)) for c in classes]
-            for side in sides
+            self._pools(classes, side, support) for support in (True, False)
         )
         n_query = min(self.n_query, *(len(pool) for pool in query_pools))
         ways = np.arange(self.n_way, dtype=np.int64)
@@ -163,29 +183,36 @@ def group_folds(labels: Ints, groups: Ints, num_folds: int, seed: int) -> list[I
 def hold_out_groups(
     labels: Ints, groups: Ints, share: float, rng: np.random.Generator
 ) -> tuple[Ints, Ints]:
-    """Part tiles into those of `share` of the groups, at least two, and the rest.
+    """Part tiles into those of about `share` of the groups and the rest.
 
-    A draw in which either side lacks a class, or holds it in one group only, is drawn again.
+    Every class keeps two groups on both sides: two are held out of each class first, then others up
+    to the share.
 
     Returns:
         Indices of the rest, and of the held-out tiles.
 
     Raises:
-        DatasetError: no draw leaves every class with two groups on both sides.
+        DatasetError: a class has too few groups.
     """
-    names = np.unique(groups)
-    count = max(2, round(share * len(names)))
+    of_class = {int(c): np.unique(groups[labels == c]) for c in np.unique(labels)}
+    wanted = round(share * len(np.unique(groups)))
     for _ in range(200):
-        held = np.isin(groups, rng.choice(names, min(count, len(names)), replace=False))
-        if _all_classes_twice(labels, groups, held) and _all_classes_twice(labels, groups, ~held):
-            return np.flatnonzero(~held), np.flatnonzero(held)
+        held: set[int] = set()
+        for members in rng.permutation(np.array([*of_class], dtype=np.int64)):
+            mine = rng.permutation(of_class[int(members)])
+            lacking = 2 - len(held & set(mine.tolist()))
+            held |= set([g for g in mine.tolist() if g not in held][: max(0, lacking)])
+        spare = [g for g in rng.permutation(np.unique(groups)).tolist() if g not in held]
+        for group in spare:
+            if len(held) >= wanted:
+                break
+            if all(len(set(m.tolist()) - held - {group}) >= 2 for m in of_class.values()):
+                held.add(group)
+        if all(len(set(m.tolist()) - held) >= 2 for m in of_class.values()):
+            chosen = np.isin(groups, sorted(held))
+            return np.flatnonzero(~chosen), np.flatnonzero(chosen)
+    fewest = min(len(members) for members in of_class.values())
     raise DatasetError(
-        f"{len(names)} patients (or groups) outside the test fold can't be parted into training "
-        f"and validation with every class in two of each: add patients or lower --num-folds"
-    )
-
-
-def _all_classes_twice(labels: Ints, groups: Ints, chosen: NDArray[np.bool_]) -> bool:
-    return all(
-        len(np.unique(groups[chosen & (labels == label)])) >= 2 for label in np.unique(labels)
+        f"outside the test fold a class comes from {fewest} patients (or groups); training and "
+        f"validation take two of each class: add patients or lower --num-folds"
     )

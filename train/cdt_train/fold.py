@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from cdt_runtime.preprocess import Preprocess
-from cdt_train.checkpoint import load_checkpoint, load_weights, save_checkpoint
+from cdt_train.checkpoint import load_checkpoint, load_weights, save_checkpoint, write_json
 from cdt_train.config import Recipe
-from cdt_train.data.arrays import CtArrays, TileArrays
-from cdt_train.episodes import Episode, EpisodeSampler, hold_out_groups
+from cdt_train.data.arrays import TileArrays
+from cdt_train.data.load import LoadedData
+from cdt_train.episodes import Episode
 from cdt_train.episodic import EpisodicPhase, embed_tiles
 from cdt_train.evaluate import (
     EpisodeScores,
     colour_statistics,
-    draw_episodes,
     fit_temperature,
     metrics,
     score_episodes,
@@ -31,6 +27,7 @@ from cdt_train.loop import Run, Schedule, train_phase
 from cdt_train.models.transfer_model import TransferModel, build_model
 from cdt_train.plots import plot_curves
 from cdt_train.progress import say
+from cdt_train.split import TEST_CT, Fold
 
 EVAL_CONTEXTS = 4
 """Volumes that evaluation with CT draws from: each costs one pass over the test tiles."""
@@ -44,60 +41,11 @@ _PANELS = {
 }
 
 
-@dataclass(frozen=True, eq=False)
-class Fold:
-    """The data of one fold.
-
-    Attributes:
-        number: from 1.
-        folder: where the fold is written.
-        train: tiles that weights are fitted to.
-        val: tiles of other patients, for the choice of the epoch and for calibration.
-        test: tiles of yet other patients, for evaluation alone.
-        ct: volumes that training may see: none of a patient in `val` or `test`.
-    """
-
-    number: int
-    folder: Path
-    train: TileArrays
-    val: TileArrays
-    test: TileArrays
-    ct: CtArrays
-
-    @classmethod
-    def part(
-        cls,
-        number: int,
-        folder: Path,
-        recipe: Recipe,
-        tiles: TileArrays,
-        test: NDArray[np.int64],
-        patients: tuple[str, ...],
-        ct: CtArrays,
-    ) -> Fold:
-        """Part the tiles outside the test fold into training and validation, by patient."""
-        rest = np.setdiff1d(np.arange(len(tiles)), test)
-        outside = tiles.take(rest)
-        rng = np.random.default_rng([recipe.training.seed, number])
-        share = recipe.training.val_share
-        train, val = hold_out_groups(outside.labels, outside.groups, share, rng)
-        held = {patients[g] for g in np.unique(tiles.groups[np.concatenate([rest[val], test])])}
-        return cls(
-            number,
-            folder,
-            outside.take(train),
-            outside.take(val),
-            tiles.take(test),
-            ct.without(held),
-        )
-
-
 def train_fold(
     fold: Fold,
     ct_encoder: Mapping[str, Tensor],
     recipe: Recipe,
-    preprocess: Preprocess,
-    dataset_info: Mapping[str, Any],
+    data: LoadedData,
     resume: bool,
     device: torch.device,
 ) -> dict[str, Any]:
@@ -106,29 +54,55 @@ def train_fold(
     Returns:
         What `fold_N/metrics.json` holds.
     """
-    record = fold.folder / "metrics.json"
+    record, best_path = fold.folder / "metrics.json", fold.folder / "best_model.pt"
     if resume and record.is_file():
         done: dict[str, Any] = json.loads(record.read_text("utf-8"))
         return done
     say(
         f"fold {fold.number}: {len(fold.train)} training, {len(fold.val)} validation and "
-        f"{len(fold.test)} test tiles, all of different {dataset_info['grouped_by']}s"
+        f"{len(fold.test)} test tiles, all of different {data.info['grouped_by']}s"
     )
-    best_path = fold.folder / "best_model.pt"
-    phase, episodes = _phase(fold, ct_encoder, recipe, device)
+    history = _train(fold, ct_encoder, recipe, data, resume, device)
+    title = f"Fold {fold.number}: episodic training"
+    plot_curves(fold.folder / "curves.png", title, history, _PANELS)
+    best = load_checkpoint(best_path, ("model_state_dict", "best_metric", "epoch"))
+    model = _new_model(fold, recipe)
+    load_weights(model, best["model_state_dict"], best_path)
+    model.to(device)
+    calibration = _calibrate(model, fold, recipe, device)
+    result = {
+        "fold": fold.number,
+        "tiles": {side: len(names) for side, names in fold.split.items()},
+        "validation": {"epoch": best["epoch"], "best_metric": best["best_metric"]},
+        "calibration": calibration,
+        "history": history,
+        "test": evaluate_fold(model, fold, recipe, calibration["temperature"], device),
+    }
+    save_checkpoint(best_path, {**best, "calibration": calibration, "test": result["test"]})
+    write_json(record, result)
+    return result
+
+
+def _train(
+    fold: Fold,
+    ct_encoder: Mapping[str, Tensor],
+    recipe: Recipe,
+    data: LoadedData,
+    resume: bool,
+    device: torch.device,
+) -> list[dict[str, float]]:
     training = recipe.training
-    split = {name: list(getattr(fold, name).names) for name in ("train", "val", "test")}
     run = Run(
         fold.folder,
         "checkpoint",
         recipe.to_dict(),
         extra={
-            "preprocess": preprocess.to_dict(),
-            "dataset_info": {**dataset_info, "fold": fold.number, "split": split},
+            "preprocess": data.preprocess.to_dict(),
+            "dataset_info": {**data.info, "fold": fold.number, "split": fold.split},
         },
         keep=training.keep_checkpoints,
         resume=resume,
-        best_path=best_path,
+        best_path=fold.folder / "best_model.pt",
     )
     schedule = Schedule(
         training.num_epochs,
@@ -137,26 +111,7 @@ def train_fold(
         training.weight_decay,
         training.warmup,
     )
-    history = train_phase(phase, schedule, run)
-    plot_curves(
-        fold.folder / "curves.png", f"Fold {fold.number}: episodic training", history, _PANELS
-    )
-    best = load_checkpoint(best_path, ("model_state_dict", "best_metric", "epoch"))
-    model = _new_model(fold, recipe)
-    load_weights(model, best["model_state_dict"], best_path)
-    model.to(device)
-    calibration = _calibrate(model, fold.val, episodes, recipe, device)
-    result = {
-        "fold": fold.number,
-        "tiles": {name: len(names) for name, names in split.items()},
-        "validation": {"epoch": best["epoch"], "best_metric": best["best_metric"]},
-        "calibration": calibration,
-        "history": history,
-        "test": evaluate_fold(model, fold, recipe, calibration["temperature"], device),
-    }
-    save_checkpoint(best_path, {**best, "calibration": calibration, "test": result["test"]})
-    record.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    return result
+    return train_phase(_phase(fold, ct_encoder, recipe, data, device), schedule, run)
 
 
 def model_of(recipe: Recipe, channels: int, n_classes: int) -> TransferModel:
@@ -178,16 +133,15 @@ def evaluate_fold(
     model: TransferModel, fold: Fold, recipe: Recipe, temperature: float, device: torch.device
 ) -> dict[str, Any]:
     """Score the test tiles: with CT, without, and the baselines, all on the same episodes."""
-    training = recipe.training
-    sampler = _sampler(fold.test, recipe, training.test_queries)
-    seed = [training.seed, fold.number, 2]
-    episodes = draw_episodes(sampler, training.test_episodes, seed)
+    episodes = fold.test_episodes
     scale = float(model.head.scale.item())
     alone = embed_tiles(model, fold.test.tiles, None, device)
     untrained = _new_model(fold, recipe)
     untrained.path_encoder.standardise_by(fold.train.tiles)
     rows: dict[str, EpisodeScores] = {
-        "with_ct": _score_with_ct(model, fold, episodes, scale, seed, device),
+        "with_ct": _score_with_ct(
+            model, fold, fold.test, episodes, scale, recipe.training.seed, device
+        ),
         "without_ct": score_episodes(alone, episodes, scale),
         "untrained_encoder": score_episodes(
             embed_tiles(untrained, fold.test.tiles, None, torch.device("cpu")), episodes, 1.0
@@ -204,64 +158,55 @@ def evaluate_fold(
 
 
 def _phase(
-    fold: Fold, ct_encoder: Mapping[str, Tensor], recipe: Recipe, device: torch.device
-) -> tuple[EpisodicPhase, list[Episode]]:
-    """Set up phase 2 from the pretrained CT encoder; also its validation episodes."""
+    fold: Fold,
+    ct_encoder: Mapping[str, Tensor],
+    recipe: Recipe,
+    data: LoadedData,
+    device: torch.device,
+) -> EpisodicPhase:
+    """Set up phase 2 from the pretrained CT encoder."""
     training = recipe.training
     model = _new_model(fold, recipe)
     load_weights(model.ct_encoder, ct_encoder, fold.folder / "ct_encoder_pretrained.pt")
     model.path_encoder.standardise_by(fold.train.tiles)
     model.path_encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    val_sampler = _sampler(fold.val, recipe, training.test_queries)
-    seed = [training.seed, fold.number, 1]
-    episodes = draw_episodes(val_sampler, training.val_episodes, seed)
-    phase = EpisodicPhase(
+    return EpisodicPhase(
         model,
         fold.train,
         fold.val,
         fold.ct,
-        _sampler(fold.train, recipe, training.n_query),
-        episodes,
-        channel_dropout=recipe.data.channel_dropout,
+        fold.sampler,
+        fold.val_episodes,
+        channel_dropout=recipe.data.channel_dropout if data.preprocess.fill_missing else 0.0,
         ct_dropout=training.ct_dropout,
-        domain_weight=training.domain_weight,
         classifier_share=training.classifier_share,
+        domain_weight=training.domain_weight,
         seed=training.seed * 100 + fold.number,
         device=device,
     )
-    return phase, episodes
 
 
 def _new_model(fold: Fold, recipe: Recipe) -> TransferModel:
     return model_of(recipe, fold.train.tiles.shape[1], len(fold.train.classes))
 
 
-def _sampler(tiles: TileArrays, recipe: Recipe, n_query: int) -> EpisodeSampler:
-    return EpisodeSampler(
-        tiles.labels,
-        tiles.groups,
-        tiles.classes,
-        n_way=recipe.training.n_way,
-        k_shot=recipe.training.k_shot,
-        n_query=n_query,
-    )
-
-
 def _calibrate(
-    model: TransferModel,
-    val: TileArrays,
-    episodes: list[Episode],
-    recipe: Recipe,
-    device: torch.device,
+    model: TransferModel, fold: Fold, recipe: Recipe, device: torch.device
 ) -> dict[str, Any]:
-    """Fit the temperature on the validation patients."""
+    """Fit one temperature on the validation patients, for answers with a CT and without."""
     scale = float(model.head.scale.item())
-    scores = score_episodes(embed_tiles(model, val.tiles, None, device), episodes, scale)
+    alone = score_episodes(
+        embed_tiles(model, fold.val.tiles, None, device), fold.val_episodes, scale
+    )
+    seed = recipe.training.seed
+    with_ct = _score_with_ct(model, fold, fold.val, fold.val_episodes, scale, seed, device)
+    scores = _together([alone, with_ct])
     temperature = fit_temperature(scores)
     return {
         "k_shot": recipe.training.k_shot,
         "learnt_scale": scale,
         "temperature": temperature,
+        "validation_tiles": len(fold.val),
         "ece_before": metrics(scores)["ece"],
         "ece_after": metrics(scores, temperature)["ece"],
     }
@@ -270,19 +215,24 @@ def _calibrate(
 def _score_with_ct(
     model: TransferModel,
     fold: Fold,
+    tiles: TileArrays,
     episodes: list[Episode],
     scale: float,
-    seed: list[int],
+    seed: int,
     device: torch.device,
 ) -> EpisodeScores:
     """Score episodes that each see one CT, drawn at random from a few."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng([seed, fold.number, TEST_CT])
     chosen = rng.permutation(len(fold.ct))[:EVAL_CONTEXTS]
     parts = []
     for position, index in enumerate(chosen):
         ct = fold.ct.volumes[int(index) : int(index) + 1]
-        embeddings = embed_tiles(model, fold.test.tiles, ct, device)
+        embeddings = embed_tiles(model, tiles.tiles, ct, device)
         parts.append(score_episodes(embeddings, episodes[position :: len(chosen)], scale))
+    return _together(parts)
+
+
+def _together(parts: list[EpisodeScores]) -> EpisodeScores:
     return EpisodeScores(
         np.concatenate([part.accuracies for part in parts]),
         np.concatenate([part.logits for part in parts]),

@@ -1,7 +1,7 @@
 """The one training loop: epochs of steps, checkpoints, exact resume.
 
-Random numbers of an epoch hang on the seed and the epoch alone, so a run that resumes after epoch n
-goes on exactly as one that was never stopped.
+Random numbers of an epoch hang on the seed and the epoch alone, so on a CPU a run that resumes
+after epoch n goes on exactly as one that was never stopped.
 """
 
 from __future__ import annotations
@@ -104,17 +104,16 @@ def train_phase(phase: Phase, schedule: Schedule, run: Run) -> list[dict[str, fl
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, _cosine(schedule))
     sweep_partial(run.folder)
     history: list[dict[str, float]] = []
-    best = -math.inf
     newest = newest_checkpoint(run) if run.resume else None
     if newest is not None:
-        history, best = _restore(newest, phase, optimizer, scheduler, run)
+        history = _restore(newest, phase, optimizer, scheduler, run)
         say(f"{phase.name}: resuming after epoch {len(history)}")
     for epoch in range(len(history), schedule.epochs):
         terms = _train_epoch(phase, epoch, schedule, optimizer, scheduler)
         entry = {"epoch": epoch + 1, **terms, **phase.validate()}
         history.append(entry)
-        improved = entry["score"] > best
-        best = max(best, entry["score"])
+        improved = all(_merit(entry) > _merit(earlier) for earlier in history[:-1])
+        best = max(past["score"] for past in history)
         content = {
             "epoch": epoch + 1,
             "model_state_dict": phase.model.state_dict(),
@@ -131,6 +130,11 @@ def train_phase(phase: Phase, schedule: Schedule, run: Run) -> list[dict[str, fl
         for stale in _checkpoints(run)[: -run.keep]:
             stale.unlink()
     return history
+
+
+def _merit(entry: Mapping[str, float]) -> tuple[float, float]:
+    """What the best epoch has most of: the score, then the lower validation loss."""
+    return entry["score"], -entry.get("val_loss", 0.0)
 
 
 def newest_checkpoint(run: Run) -> Path | None:
@@ -182,13 +186,13 @@ def _restore(
     optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LRScheduler,
     run: Run,
-) -> tuple[list[dict[str, float]], float]:
-    content = load_checkpoint(path, (*STATE, "history", "best_metric"))
+) -> list[dict[str, float]]:
+    content = load_checkpoint(path, (*STATE, "history"))
     require_same_recipe(path, content["config"], run.config)
     load_weights(phase.model, content["model_state_dict"], path)
     optimizer.load_state_dict(content["optimizer_state_dict"])
     scheduler.load_state_dict(content["scheduler_state_dict"])
-    return list(content["history"]), float(content["best_metric"])
+    return list(content["history"])
 
 
 def require_same_recipe(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cdt_train.config import Recipe
+from cdt_train.data.load import LoadedData
 from cdt_train.evaluate import over_folds
 
 ROWS = {
@@ -27,7 +28,7 @@ COLUMNS = {
 
 def summarise(
     recipe: Recipe,
-    dataset_info: Mapping[str, Any],
+    data: LoadedData,
     folds: Sequence[Mapping[str, Any]],
     best_fold: int,
 ) -> dict[str, Any]:
@@ -36,12 +37,10 @@ def summarise(
         row: {name: over_folds([fold["test"][row][name] for fold in folds]) for name in COLUMNS}
         for row in ROWS
     }
+    facts = ("data", "phantom", "grouped_by", "classes", "warnings", "fingerprint")
     return {
-        "data": dataset_info["data"],
-        "phantom": dataset_info["phantom"],
-        "grouped_by": dataset_info["grouped_by"],
-        "classes": dataset_info["classes"],
-        "warnings": dataset_info["warnings"],
+        **{key: data.info[key] for key in facts},
+        "paired": data.paired,
         "k_shot": recipe.training.k_shot,
         "seed": recipe.training.seed,
         "best_fold": best_fold,
@@ -75,6 +74,11 @@ def _reading(report: Mapping[str, Any]) -> str:
         for fold in report["folds"]
     ]
     gain = over_folds(gains)
+    if report["paired"]:
+        return (
+            "With CT means another patient's here: the gain from a patient's own CT is not "
+            "measured."
+        )
     verdict = "a gain" if gain["mean"] - gain["ci95"] > 0 else "no gain shown"
     text = (
         f"CT against no CT, same episodes: {100 * gain['mean']:+.1f} points "

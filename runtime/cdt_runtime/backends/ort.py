@@ -23,6 +23,7 @@ class OrtSession:
 
         options = ort.SessionOptions()
         options.log_severity_level = 4
+        ort.set_default_logger_severity(4)  # what goes wrong is in the exception, in one line
         # Spinning threads double the time where other work shares the cores.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if provider != "CPUExecutionProvider":
@@ -30,12 +31,13 @@ class OrtSession:
         try:
             self._session = ort.InferenceSession(graph, options, providers=[provider])
         except Exception as error:  # ONNX Runtime raises a bare class of its own for each status
-            raise BackendError(f"{provider}: can't load the graph: {_first_line(error)}") from error
+            raise BackendError(
+                f"{provider}: can't load the graph: {_first_line(error)}{_cure(provider)}"
+            ) from error
         actual = self._session.get_providers()[0]
         if actual != provider:
             raise BackendError(
-                f"{provider} was asked for, ONNX Runtime gives {actual}: check the GPU driver and "
-                f"pip install 'cdt-edge[gpu]', or use --backend onnxruntime"
+                f"{provider} was asked for, ONNX Runtime gives {actual}{_cure(provider)}"
             )
         self.engine = f"onnxruntime {ort.__version__} {actual}"
         self._names = [output.name for output in self._session.get_outputs()]
@@ -67,11 +69,17 @@ def cuda(graph: bytes) -> OrtSession:
     import onnxruntime as ort
 
     if "CUDAExecutionProvider" not in ort.get_available_providers():
-        raise BackendError(
-            "backend 'cuda': this ONNX Runtime has no CUDA provider: pip install 'cdt-edge[gpu]', "
-            "or use --backend onnxruntime"
-        )
+        raise BackendError(f"backend 'cuda': this ONNX Runtime has no CUDA provider{_cure('CUDA')}")
     return OrtSession(graph, "CUDAExecutionProvider")
+
+
+def _cure(provider: str) -> str:
+    if provider == "CPUExecutionProvider":
+        return ""
+    return (
+        ": check the GPU and its driver and pip install 'cdt-edge[gpu]', or use "
+        "--backend onnxruntime"
+    )
 
 
 def _first_line(error: Exception) -> str:

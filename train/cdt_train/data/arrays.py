@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -66,30 +67,90 @@ class CtArrays:
     Attributes:
         volumes: `(n, W, D, S, S)` float32.
         patients: patient of each.
+        sha256: hash of each series.
     """
 
     volumes: Tensor
     patients: tuple[str, ...]
+    sha256: tuple[str, ...]
 
     def without(self, patients: Iterable[str]) -> CtArrays:
         """Return the volumes of all other patients."""
         out = set(patients)
         kept = [i for i, patient in enumerate(self.patients) if patient not in out]
-        return CtArrays(self.volumes[kept], tuple(self.patients[i] for i in kept))
+        return CtArrays(
+            self.volumes[kept],
+            tuple(self.patients[i] for i in kept),
+            tuple(self.sha256[i] for i in kept),
+        )
 
     def __len__(self) -> int:
         return len(self.patients)
 
 
-def choose_preprocess(dataset: TileDataset, recipe: DataRecipe) -> Preprocess:
-    """Fix the preprocessing by the recipe and, where that leaves it open, by the first tile."""
-    first = read_tile(dataset.tiles[0].path)
-    channels = recipe.channels or (RGB if first.channels == RGB else DEFAULT_MARKERS)
+@dataclass(frozen=True)
+class Survey:
+    """What the tiles of a data set are like, before any is kept.
+
+    Attributes:
+        rgb: whether they are RGB.
+        bits: significant bits that their samples need, by the brightest of all; 8 for bytes.
+        floats: whether any has floating-point samples.
+        mpp: median microns a pixel of the tile input, or None where no tile says.
+        warnings: what their reader had to say, each once, with the number of tiles.
+    """
+
+    rgb: bool
+    bits: int
+    floats: bool
+    mpp: float | None
+    warnings: tuple[str, ...]
+
+
+def survey_tiles(
+    tiles: Sequence[LabelledTile],
+    image_size: int,
+    data_dir: Path,
+    progress: Progress[LabelledTile],
+) -> Survey:
+    """Read every tile once to learn what the preprocessing must allow for.
+
+    Raises:
+        DatasetError: a tile can't be read; the line names it.
+    """
+    brightest, widest, floats, rgb = 0.0, 8, False, []
+    scales, notes = [], Counter[str]()
+    for tile in progress(tiles, "surveying tiles"):
+        found = _read(tile, data_dir)
+        rgb.append(found.channels == RGB)
+        if np.issubdtype(found.pixels.dtype, np.floating):
+            floats = True
+        else:
+            widest = max(widest, found.bits)
+            brightest = max(brightest, float(found.pixels.max()))
+        if found.mpp is not None:
+            scales.append(found.mpp * min(found.pixels.shape[:2]) / image_size)
+        notes.update(found.warnings)
+    needed = next(b for b in (8, 10, 12, 14, 16, 32) if brightest < 2**b)
+    return Survey(
+        rgb=all(rgb),
+        bits=8 if widest == 8 else min(widest, needed),
+        floats=floats,
+        mpp=round(float(np.median(scales)), 4) if scales else None,
+        warnings=tuple(f"{count} tiles: {note}" for note, count in sorted(notes.items())),
+    )
+
+
+def choose_preprocess(survey: Survey, recipe: DataRecipe) -> Preprocess:
+    """Fix the preprocessing by the recipe and, where that leaves it open, by the tiles."""
+    channels = recipe.channels or (RGB if survey.rgb else DEFAULT_MARKERS)
+    plain = survey.bits == 8 and not survey.floats
     return Preprocess(
         channels=tuple(channels),
         image_size=recipe.image_size,
-        tile_dtype="uint8" if first.pixels.dtype == np.uint8 else "float32",
-        tile_mpp=_input_mpp(first, recipe.image_size),
+        tile_dtype="uint8" if plain else "float32",
+        tile_bits=survey.bits,
+        tile_mpp=survey.mpp,
         fill_missing=recipe.channel_dropout > 0 and tuple(channels) != RGB,
         ct_depth=recipe.ct_depth,
         slice_size=recipe.slice_size,
@@ -112,8 +173,8 @@ def load_tiles(
     arrays, hashes = [], []
     for tile in progress(tiles, "reading tiles"):
         name = _relative(tile.path, data_dir)
+        found = _read(tile, data_dir)
         try:
-            found = read_tile(tile.path)
             pixels, _, _ = match_channels(found, preprocess.channels)
             array = preprocess.tile(pixels, found.bits, name=found.source)
         except CdtError as error:
@@ -122,6 +183,7 @@ def load_tiles(
             raise DatasetError(f"{name}: shows no tissue (every channel is flat): leave it out")
         arrays.append(array)
         hashes.append(found.sha256)
+    _refuse_twins(tiles, hashes, data_dir)
     patients = sorted({tile.patient for tile in tiles})
     return TileArrays(
         tiles=torch.from_numpy(np.stack(arrays)),
@@ -133,30 +195,55 @@ def load_tiles(
     )
 
 
-def load_ct(dataset: TileDataset, preprocess: Preprocess, progress: Progress[int]) -> CtArrays:
-    """Read and preprocess every CT series.
+def load_ct(
+    dataset: TileDataset, preprocess: Preprocess, data_dir: Path, progress: Progress[int]
+) -> tuple[CtArrays, tuple[str, ...]]:
+    """Read and preprocess every CT series that can be used.
+
+    Hospital exports hold scouts and dose pages beside the series, so one that can't be used is left
+    out with a warning.
+
+    Returns:
+        The volumes, and one warning for each series left out.
 
     Raises:
-        DatasetError: a series can't be used; the line names its folder and patient.
+        DatasetError: none can be used.
     """
-    volumes = []
+    volumes, patients, hashes, warnings = [], [], [], []
     for index in progress(range(len(dataset.ct)), "reading CT"):
         series = dataset.ct[index]
+        name = _relative(series.path, data_dir)
         try:
             volume = read_series(series.path, min_slices=preprocess.min_slices)
         except CdtError as error:
-            raise DatasetError(f"ct_data/{series.patient}: {error}") from error
+            warnings.append(f"{name}: left out: {error}")
+            continue
         volumes.append(preprocess.ct(volume)[0])
-    return CtArrays(
-        torch.from_numpy(np.stack(volumes)), tuple(series.patient for series in dataset.ct)
-    )
+        patients.append(series.patient)
+        hashes.append(volume.series_hash)
+    if not volumes:
+        raise DatasetError(f"no CT series in ct_data can be used; {warnings[0]}")
+    stacked = torch.from_numpy(np.stack(volumes))
+    return CtArrays(stacked, tuple(patients), tuple(hashes)), tuple(warnings)
 
 
-def _input_mpp(tile: Tile, image_size: int) -> float | None:
-    if tile.mpp is None:
-        return None
-    side: int = min(tile.pixels.shape[:2])
-    return round(tile.mpp * side / image_size, 4)
+def _read(tile: LabelledTile, data_dir: Path) -> Tile:
+    try:
+        return read_tile(tile.path)
+    except CdtError as error:
+        raise DatasetError(f"{_relative(tile.path, data_dir)}: {error}") from error
+
+
+def _refuse_twins(tiles: Sequence[LabelledTile], hashes: Sequence[str], data_dir: Path) -> None:
+    """The same file under two patients would stand on both sides of a fold."""
+    first: dict[str, LabelledTile] = {}
+    for tile, digest in zip(tiles, hashes, strict=True):
+        twin = first.setdefault(digest, tile)
+        if twin.patient != tile.patient or twin.label != tile.label:
+            raise DatasetError(
+                f"{_relative(tile.path, data_dir)} and {_relative(twin.path, data_dir)} are the "
+                f"same image under two patients (or groups) or labels: keep one"
+            )
 
 
 def _relative(path: Path, data_dir: Path) -> str:

@@ -43,9 +43,14 @@ class PathEncoder(nn.Module):
     @torch.no_grad()
     def standardise_by(self, tiles: Tensor) -> None:
         """Take mean and spread of each channel from training tiles `(B, M, S, S)`."""
-        scaled = _unit_scale(tiles)
-        self.mean.copy_(scaled.mean(dim=(0, 2, 3))[:, None, None])
-        self.std.copy_(scaled.std(dim=(0, 2, 3))[:, None, None].clamp_min(1e-3))
+        moments = torch.zeros(2, tiles.shape[1], dtype=torch.float64)
+        for part in torch.split(tiles, 64):  # a whole data set in float32 may not fit
+            scaled = unit_scale(part).double()
+            moments += torch.stack([scaled.sum(dim=(0, 2, 3)), scaled.square().sum(dim=(0, 2, 3))])
+        mean, square = moments / (tiles.numel() / tiles.shape[1])
+        spread = (square - mean.square()).clamp_min(0).sqrt().clamp_min(1e-3)
+        self.mean.copy_(mean[:, None, None])
+        self.std.copy_(spread[:, None, None])
 
     def forward(self, tile: Tensor) -> Tensor:
         """Encode tiles.
@@ -56,13 +61,14 @@ class PathEncoder(nn.Module):
         Returns:
             `(B, N, C)` tokens, N = (S / 32) squared.
         """
-        standard = (_unit_scale(tile).to(self.mean.dtype) - self.mean) / self.std
+        standard = (unit_scale(tile).to(self.mean.dtype) - self.mean) / self.std
         features = self.stages(self.stem(standard))
         tokens: Tensor = self.project(features.flatten(2).transpose(1, 2))
         return tokens
 
 
-def _unit_scale(tile: Tensor) -> Tensor:
+def unit_scale(tile: Tensor) -> Tensor:
+    """Bring uint8 tiles to 0 to 1; float ones are there already."""
     return tile.float() / 255.0 if tile.dtype == torch.uint8 else tile.float()
 
 

@@ -42,10 +42,18 @@ class Bridge(nn.Module):
         Returns:
             `(B, E)` float32 unit vectors, E = C.
         """
+        return self.combine(tile_tokens, self.residual(tile_tokens, ct_tokens), ct_present)
+
+    def residual(self, tile_tokens: Tensor, ct_tokens: Tensor) -> Tensor:
+        """What the tiles draw from the CT, before the gate; `(B, E)` float32."""
+        drawn: Tensor = self.output(self.attend(tile_tokens, ct_tokens).mean(dim=1))
+        return drawn.float()
+
+    def combine(self, tile_tokens: Tensor, residual: Tensor, ct_present: Tensor) -> Tensor:
+        """Add the gated residual to the pooled tile tokens; unit vectors `(B, E)`."""
         pooled = tile_tokens.float().mean(dim=1)
-        looked = self.output(self.attend(tile_tokens, ct_tokens).mean(dim=1)).float()
         gate = torch.tanh(self.gate.float()) * ct_present.float()
-        return unit_length(self.centre(pooled + gate * looked))
+        return unit_length(self.centre(pooled + gate * residual))
 
     def attend(self, tile_tokens: Tensor, ct_tokens: Tensor) -> Tensor:
         """Let each tile token gather from the CT.
@@ -67,13 +75,14 @@ class Bridge(nn.Module):
     def projected(self, tile_tokens: Tensor, ct_tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Pool both sides in the space where they meet; domain alignment works on these.
 
-        The tile side is cut off from the encoder: alignment must not blur what classifies.
+        Both sides are cut off from their encoders: alignment must neither blur what classifies
+        nor undo what the CT encoder learnt in phase 1.
 
         Returns:
             `(B, C)` of the tiles and `(1, C)` of the CT.
         """
         tiles = self.query(tile_tokens.detach()).mean(dim=1)
-        return tiles, self.key(ct_tokens).mean(dim=1)
+        return tiles, self.key(ct_tokens.detach()).mean(dim=1)
 
     def _heads(self, tokens: Tensor) -> Tensor:
         batch, count, width = tokens.shape

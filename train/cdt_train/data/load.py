@@ -1,0 +1,116 @@
+"""A data folder, read: tiles and volumes in memory, and what is recorded of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cdt_runtime.errors import DatasetError, RecipeError
+from cdt_runtime.preprocess import Preprocess
+from cdt_train.config import Recipe
+from cdt_train.data import DATASETS, TileDataset
+from cdt_train.data.arrays import (
+    CtArrays,
+    TileArrays,
+    choose_preprocess,
+    load_ct,
+    load_tiles,
+    survey_tiles,
+)
+from cdt_train.data.phantom import phantom_seed
+from cdt_train.progress import bar, say
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedData:
+    """A data set in memory.
+
+    Attributes:
+        tiles: every tile.
+        ct: every volume that can be used.
+        preprocess: how they were made.
+        patients: names of the patients (or groups), by the number that `tiles.groups` gives them.
+        info: `dataset_info` of a checkpoint.
+    """
+
+    tiles: TileArrays
+    ct: CtArrays
+    preprocess: Preprocess
+    patients: tuple[str, ...]
+    info: dict[str, Any]
+
+    @property
+    def paired(self) -> bool:
+        """Whether some patient has both tiles and a CT."""
+        return bool(set(self.ct.patients) & set(self.patients))
+
+
+def read_data(recipe: Recipe, data_dir: Path) -> LoadedData:
+    """Read a data folder in the recipe's layout.
+
+    Raises:
+        RecipeError: no such layout.
+        CdtError: the data can't be used.
+    """
+    if recipe.data.layout not in DATASETS:
+        known = ", ".join(DATASETS)
+        raise RecipeError(f"data.layout: {recipe.data.layout!r}: expected one of {known}")
+    if not data_dir.is_dir():
+        raise DatasetError(
+            f"{data_dir}: no such folder: --data-dir holds ct_data/ and pathology_data/"
+        )
+    dataset = DATASETS[recipe.data.layout](data_dir)
+    survey = survey_tiles(dataset.tiles, recipe.data.image_size, data_dir, bar)
+    preprocess = choose_preprocess(survey, recipe.data)
+    tiles = load_tiles(dataset.tiles, dataset.classes, preprocess, data_dir, bar)
+    ct, left_out = load_ct(dataset, preprocess, data_dir, bar)
+    warnings = [*dataset.warnings, *survey.warnings, *left_out]
+    for warning in warnings:
+        say(f"warning: {warning}")
+    patients = tuple(sorted({tile.patient for tile in dataset.tiles}))
+    info = _describe(dataset, data_dir, recipe, len(ct)) | {
+        "warnings": warnings,
+        "fingerprint": _fingerprint(tiles, patients, ct),
+        "tile_facts": {
+            name: [digest, tiles.classes[label]]
+            for name, digest, label in zip(tiles.names, tiles.sha256, tiles.labels, strict=True)
+        },
+    }
+    return LoadedData(tiles, ct, preprocess, patients, info)
+
+
+def _describe(
+    dataset: TileDataset, data_dir: Path, recipe: Recipe, ct_count: int
+) -> dict[str, Any]:
+    seed = phantom_seed(data_dir)
+    groups = {tile.patient for tile in dataset.tiles}
+    kind = "patients" if dataset.grouped_by == "patient" else f"{dataset.grouped_by}s"
+    counts = f"{len(dataset.tiles)} tiles of {len(groups)} {kind}, {ct_count} CT series"
+    source = (
+        f"{recipe.data.layout} layout"
+        if seed is None
+        else f"phantom data (generated with seed {seed}, no patients)"
+    )
+    return {
+        "data": f"{source}: {counts}",
+        "phantom": seed is not None,
+        "layout": recipe.data.layout,
+        "data_dir": str(data_dir.resolve()),
+        "classes": list(dataset.classes),
+        "grouped_by": dataset.grouped_by,
+        "groups": len(groups),
+        "tiles": len(dataset.tiles),
+        "ct_series": ct_count,
+        "seed": recipe.training.seed,
+    }
+
+
+def _fingerprint(tiles: TileArrays, patients: tuple[str, ...], ct: CtArrays) -> str:
+    """Identity of the content, labels and groups: a run resumes on the same data or not at all."""
+    groups = [patients[g] for g in tiles.groups]
+    rows = sorted(zip(tiles.names, tiles.sha256, tiles.labels.tolist(), groups, strict=True))
+    series = sorted(zip(ct.patients, ct.sha256, strict=True))
+    return hashlib.sha256(json.dumps([rows, series]).encode()).hexdigest()
