@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
+import click
 import pytest
 
 SHARED = Path(os.environ.get("CDT_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -37,6 +39,22 @@ def tilted_series(real_data: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     """A head phantom scanned with a tilted gantry; its localizer and a summary page lie by."""
     archive = real_data / "dicom_odd" / "philips_phantom_tilt_mixed.tar.xz"
     return _unpacked(archive, tmp_path_factory.mktemp("tilt")) / "phantom_tilt_mixed"
+
+
+@pytest.fixture
+def shell(
+    capsys: pytest.CaptureFixture[str],
+) -> Callable[..., tuple[int, str, str]]:
+    """Run a command with arguments; returns its exit code, stdout and stderr."""
+    from cdt_runtime.console import run
+
+    def call(command: click.Command, *arguments: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as ended:
+            run(command, [str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        return int(ended.value.code or 0), out, err
+
+    return call
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from cdt_runtime.errors import BundleError
+from cdt_runtime.files import sync_folder, write_synced
 from cdt_runtime.preprocess import Preprocess
 
 SCHEMA = 1
@@ -148,10 +149,10 @@ def write_bundle(path: Path, files: Mapping[str, bytes], facts: Mapping[str, Any
     staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
     try:
         for name, data in {**files, MANIFEST: _dump(manifest)}.items():
-            _write_synced(staging / name, data)
+            write_synced(staging / name, data)
         staging.chmod(0o755)
         _put_in_place(staging, path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return Bundle.open(path)
@@ -172,13 +173,6 @@ def _encoder_identity(hashes: Mapping[str, str], preprocess: Preprocess) -> str:
     return sha256("".join(parts).encode())
 
 
-def _write_synced(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def _put_in_place(staging: Path, path: Path) -> None:
     """Give the staged folder its name; an older one of that name goes where it was staged."""
     if not path.exists():
@@ -197,14 +191,6 @@ def _put_in_place(staging: Path, path: Path) -> None:
         aside.rename(path)
         raise
     shutil.rmtree(aside, ignore_errors=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _dump(manifest: Mapping[str, Any]) -> bytes:

@@ -1,30 +1,25 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from cdt_export.cli import export_command
 from cdt_runtime.bundle import Bundle
-from cdt_runtime.console import run
 
-
-def cdt_export(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as ended:
-        run(export_command, [str(argument) for argument in arguments])
-    out, err = capsys.readouterr()
-    return int(ended.value.code or 0), out, err
+Shell = Callable[..., tuple[int, str, str]]
 
 
 def test_it_ends_with_the_parity_table_and_the_next_step(
     trained_dir: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    shell: Shell,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    code, out, err = cdt_export(capsys, "--checkpoint", trained_dir / "best_model.pt", "--fp16")
+    code, out, err = shell(export_command, "--checkpoint", trained_dir / "best_model.pt", "--fp16")
     assert (code, err) == (0, "")
     for part in ("max difference", "tile_classifier", "without CT", "with CT", "flips", "ties"):
         assert part in out
@@ -33,12 +28,10 @@ def test_it_ends_with_the_parity_table_and_the_next_step(
     assert Bundle.open(tmp_path / "engines" / "phantom-2shot-fp16").manifest["precision"] == "fp16"
 
 
-def test_json_is_the_manifest(
-    trained_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_json_is_the_manifest(trained_dir: Path, tmp_path: Path, shell: Shell) -> None:
     output = tmp_path / "mine"
     checkpoint = trained_dir / "best_model.pt"
-    code, out, _ = cdt_export(capsys, "--checkpoint", checkpoint, "--output", output, "--json")
+    code, out, _ = shell(export_command, "--checkpoint", checkpoint, "--output", output, "--json")
     assert code == 0
     assert json.loads(out) == json.loads((output / "bundle.json").read_text())
 
@@ -57,7 +50,7 @@ def test_what_a_newcomer_gets_wrong_is_one_line(
     trained_dir: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    shell: Shell,
     arguments: tuple[str, ...],
     message: str,
 ) -> None:
@@ -66,7 +59,7 @@ def test_what_a_newcomer_gets_wrong_is_one_line(
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("mine")
     best = trained_dir / "best_model.pt"
-    code, out, err = cdt_export(capsys, *(word.format(best=best) for word in arguments))
+    code, out, err = shell(export_command, *(word.format(best=best) for word in arguments))
     assert (code, out) == (2, "")
     assert err.count("\n") == 1
     assert message in err

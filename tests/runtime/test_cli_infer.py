@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,21 +12,17 @@ import pytest
 from PIL import Image
 
 from cdt_runtime.cli import infer_command
-from cdt_runtime.console import run
 
 
-class Shell:
-    """Runs cdt-infer in a folder of its own, as a user would."""
+class Infer:
+    """Runs cdt-infer with a bundle, as a user would."""
 
-    def __init__(self, capsys: pytest.CaptureFixture[str], bundle: Path) -> None:
-        self._capsys, self.bundle = capsys, str(bundle)
+    def __init__(self, shell: Callable[..., tuple[int, str, str]], bundle: Path) -> None:
+        self._shell, self.bundle = shell, str(bundle)
 
     def __call__(self, *arguments: object, bundle: bool = True) -> tuple[int, str, str]:
         chosen = ["--bundle", self.bundle] if bundle else []
-        with pytest.raises(SystemExit) as ended:
-            run(infer_command, [*map(str, arguments), *chosen])
-        out, err = self._capsys.readouterr()
-        return int(ended.value.code or 0), out, err
+        return self._shell(infer_command, *arguments, *chosen)
 
 
 @pytest.fixture
@@ -34,10 +31,10 @@ def infer(
     cache_dir: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> Shell:
+    shell: Callable[..., tuple[int, str, str]],
+) -> Infer:
     monkeypatch.chdir(tmp_path)
-    return Shell(capsys, bundle_dir)
+    return Infer(shell, bundle_dir)
 
 
 @pytest.fixture
@@ -50,7 +47,7 @@ def tile(phantom_dir: Path) -> Path:
     return phantom_dir / "new_patient" / "tumor_stroma_1.tif"
 
 
-def test_the_answer_names_everything_it_rests_on(infer: Shell, ct: Path, tile: Path) -> None:
+def test_the_answer_names_everything_it_rests_on(infer: Infer, ct: Path, tile: Path) -> None:
     code, out, err = infer(ct, tile)
     assert (code, err) == (0, "")
     assert out.startswith("tumor_stroma_1.tif: ")
@@ -71,7 +68,7 @@ def test_the_answer_names_everything_it_rests_on(infer: Shell, ct: Path, tile: P
 
 
 def test_json_has_one_object_a_line_with_the_promised_keys(
-    infer: Shell, ct: Path, tile: Path
+    infer: Infer, ct: Path, tile: Path
 ) -> None:
     code, out, err = infer(ct, tile, tile, "--json")
     assert (code, err) == (0, "")
@@ -99,13 +96,13 @@ def test_json_has_one_object_a_line_with_the_promised_keys(
     assert json.loads(infer(ct, tile, "--json")[1])["ct"]["cache_hit"] is True
 
 
-def test_no_patient_data_of_the_headers_is_printed(infer: Shell, ct: Path, tile: Path) -> None:
+def test_no_patient_data_of_the_headers_is_printed(infer: Infer, ct: Path, tile: Path) -> None:
     _, out, err = infer(ct, tile, "--json")
     assert "PHANTOM^" not in out + err
     assert "NEW_PATIENT" not in out + err
 
 
-def test_without_ct_the_folder_may_be_left_out(infer: Shell, ct: Path, tile: Path) -> None:
+def test_without_ct_the_folder_may_be_left_out(infer: Infer, ct: Path, tile: Path) -> None:
     code, out, _ = infer("--no-ct", tile)
     assert code == 0
     assert "CT        none: the tile alone decides" in out
@@ -115,7 +112,7 @@ def test_without_ct_the_folder_may_be_left_out(infer: Shell, ct: Path, tile: Pat
 
 
 def test_without_bundle_the_newest_is_taken_and_named(
-    infer: Shell, ct: Path, tile: Path, tmp_path: Path
+    infer: Infer, ct: Path, tile: Path, tmp_path: Path
 ) -> None:
     code, _, err = infer(ct, tile, bundle=False)
     assert code == 2
@@ -131,7 +128,7 @@ def test_without_bundle_the_newest_is_taken_and_named(
 
 
 def test_a_bad_tile_does_not_cost_the_others_their_answer(
-    infer: Shell, ct: Path, tile: Path, tmp_path: Path
+    infer: Infer, ct: Path, tile: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "notes.txt").write_text("not a tile")
     code, out, err = infer(ct, tile, "notes.txt", tile, "--json")
@@ -143,7 +140,7 @@ def test_a_bad_tile_does_not_cost_the_others_their_answer(
     assert err.count("\n") == 1
 
 
-def test_tiles_of_one_name_are_told_apart(infer: Shell, phantom_dir: Path, ct: Path) -> None:
+def test_tiles_of_one_name_are_told_apart(infer: Infer, phantom_dir: Path, ct: Path) -> None:
     regions = [
         phantom_dir / "pathology_data" / patient / "region_001" / "tile.ome.tif"
         for patient in ("Patient_001", "Patient_002")
@@ -201,7 +198,7 @@ def write_rgb(path: Path) -> Path:
     ],
 )
 def test_what_a_newcomer_gets_wrong_is_one_line(
-    infer: Shell, ct: Path, tile: Path, tmp_path: Path, arguments: tuple[str, ...], message: str
+    infer: Infer, ct: Path, tile: Path, tmp_path: Path, arguments: tuple[str, ...], message: str
 ) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "text").mkdir()
@@ -227,7 +224,7 @@ def test_what_a_newcomer_gets_wrong_is_one_line(
     ],
 )
 def test_a_missing_or_wrong_bundle_is_one_line(
-    infer: Shell, ct: Path, tile: Path, tmp_path: Path, damage: object, message: str
+    infer: Infer, ct: Path, tile: Path, tmp_path: Path, damage: object, message: str
 ) -> None:
     copy = Path(shutil.copytree(infer.bundle, tmp_path / "copy"))
     damage(copy)  # type: ignore[operator]
@@ -237,7 +234,7 @@ def test_a_missing_or_wrong_bundle_is_one_line(
 
 
 def test_the_real_chest_series_and_a_real_multiplex_tile(
-    infer: Shell, chest_series: Path, real_data: Path
+    infer: Infer, chest_series: Path, real_data: Path
 ) -> None:
     tile = real_data / "mif" / "ABCM22001_B09_MiniCrop.ome.tif"
     code, out, _ = infer(chest_series, tile, "--fill-missing", "--json")
@@ -254,7 +251,7 @@ def test_the_real_chest_series_and_a_real_multiplex_tile(
     }
 
 
-def test_the_real_jpeg_2000_series(infer: Shell, real_data: Path, tile: Path) -> None:
+def test_the_real_jpeg_2000_series(infer: Infer, real_data: Path, tile: Path) -> None:
     code, out, _ = infer(real_data / "ct" / "totalseg" / "example_ct_dicom", tile, "--json")
     assert code == 0
     assert json.loads(out)["ct"]["series"] == "20 slices of 512 x 512, 0.98 x 0.98 x 2.00 mm"

@@ -2,12 +2,12 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from cdt_runtime.console import run
 from cdt_runtime.errors import CheckpointError, DatasetError, TrainingError
 from cdt_runtime.preprocess import Preprocess
 from cdt_train.cli import train_command
@@ -17,6 +17,7 @@ from cdt_train.data.arrays import load_ct
 from cdt_train.run import run_training
 
 Tiny = tuple[str, ...]
+Shell = Callable[..., tuple[int, str, str]]
 
 FIGURES = {"accuracy", "balanced_accuracy", "macro_f1", "auc_roc", "cohen_kappa", "mcc", "ece"}
 
@@ -203,23 +204,16 @@ def test_an_unreadable_tile_or_series_is_named(
     assert warnings[0].startswith("ct_data/R_002/20000101/SERIES: left out: slice gap")
 
 
-def cdt_train(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as ended:
-        run(train_command, [str(argument) for argument in arguments])
-    out, err = capsys.readouterr()
-    return int(ended.value.code or 0), out, err
-
-
 def test_the_command_prints_the_table_and_the_next_step(
     trained_dir: Path,
     phantom_dir: Path,
     tiny_recipe: Tiny,
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    shell: Shell,
 ) -> None:
     copy = Path(shutil.copytree(trained_dir, tmp_path / "copy"))
-    code, out, _ = cdt_train(
-        capsys, "--data-dir", phantom_dir, "--output-dir", copy, "--resume", *tiny_recipe
+    code, out, _ = shell(
+        train_command, "--data-dir", phantom_dir, "--output-dir", copy, "--resume", *tiny_recipe
     )
     assert code == 0
     for part in (
@@ -247,12 +241,12 @@ def test_the_command_prints_the_table_and_the_next_step(
 def test_what_a_newcomer_gets_wrong_is_one_line(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    shell: Shell,
     arguments: tuple[str, ...],
     message: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    code, out, err = cdt_train(capsys, *arguments)
+    code, out, err = shell(train_command, *arguments)
     assert (code, out) == (2, "")
     assert err.count("\n") == 1
     assert message in err

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from cdt_runtime.errors import CheckpointError, TrainingError
+from cdt_runtime.files import sync_folder, write_synced
 
 _PARTIAL = ".partial"
 
@@ -27,12 +28,9 @@ def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}{_PARTIAL}")
     try:
-        with temporary.open("wb") as file:
-            torch.save(dict(content), file)
-            file.flush()
-            os.fsync(file.fileno())
+        write_synced(temporary, lambda file: torch.save(dict(content), file))
         temporary.replace(path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise CheckpointError(f"{path}: can't be written ({error.strerror})") from error
@@ -99,11 +97,3 @@ def _require_finite(path: Path, state: Mapping[str, Tensor]) -> None:
             raise TrainingError(
                 f"{path.name}: {key} is not finite, nothing was saved: lower the learning rate"
             )
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

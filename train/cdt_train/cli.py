@@ -14,7 +14,7 @@ from cdt_runtime.console import run
 EXAMPLES = """
 \b
 Examples:
-  cdt-train --kshot 5                       on phantom data, a few minutes
+  cdt-train --kshot 5                      on phantom data, a few minutes
   cdt-train --kshot 5 --data-dir DATA --output-dir out
   cdt-train --config my.yaml training.num_epochs=30 --resume
 
@@ -22,7 +22,7 @@ Examples:
 DATA holds
   ct_data/PATIENT/.../*.dcm               one CT series a folder
   pathology_data/PATIENT/REGION/          one file a marker, or one image file
-  labels.csv                              patient,region,label  (or path,label)
+  labels.csv                              patient,region,label or path,label
 or, in place of labels.csv, class folders: pathology_data/CLASS/*.tif
 
 \b
