@@ -75,6 +75,7 @@ def train_fold(
         "tiles": {side: len(names) for side, names in fold.split.items()},
         "validation": {"epoch": best["epoch"], "best_metric": best["best_metric"]},
         "calibration": calibration,
+        "gate": float(torch.tanh(model.bridge.gate).item()),
         "history": history,
         "test": evaluate_fold(model, fold, recipe, calibration["temperature"], device),
     }

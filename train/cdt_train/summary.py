@@ -82,7 +82,8 @@ def _reading(report: Mapping[str, Any]) -> str:
     verdict = "a gain" if gain["mean"] - gain["ci95"] > 0 else "no gain shown"
     text = (
         f"CT against no CT, same episodes: {100 * gain['mean']:+.1f} points "
-        f"± {100 * gain['ci95']:.1f}: {verdict}."
+        f"± {100 * gain['ci95']:.1f}: {verdict}. Gate of the bridge in each fold (0 is closed): "
+        + ", ".join(f"{fold['gate']:+.3f}" for fold in report["folds"])
     )
     if report["phantom"]:
         text += "\nPhantom data: these figures say that the pipeline learns, nothing of patients."
