@@ -128,9 +128,11 @@ def survey_tiles(
         else:
             widest = max(widest, found.bits)
             brightest = max(brightest, float(found.pixels.max()))
-        if found.mpp is not None:
+        if found.mpp is None:
+            notes["no resolution in the file: magnification is not checked"] += 1
+        else:
             scales.append(found.mpp * min(found.pixels.shape[:2]) / image_size)
-        notes.update(found.warnings)
+        notes.update(note for note in found.warnings if "--mpp" not in note)
     needed = next(b for b in (8, 10, 12, 14, 16, 32) if brightest < 2**b)
     return Survey(
         rgb=all(rgb),
