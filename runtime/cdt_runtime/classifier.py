@@ -123,11 +123,7 @@ class FewShotClassifier:
                 }
             )
             share_ms = _ms_since(started) / len(batch)
-            if not np.isfinite(outputs["logits"]).all():
-                raise BackendError(
-                    f"{self.engine}: the answer is not finite: don't use this engine"
-                )
-            probabilities = softmax(outputs["logits"])
+            probabilities = softmax(self._finite(outputs["logits"]))
             for tile, chances, distances in zip(
                 batch, probabilities, outputs["distances"], strict=True
             ):
