@@ -18,10 +18,11 @@ Examples:
   cdt-export --checkpoint out/best_model.pt --output engines/lung
 
 \b
-The prototypes are made from support tiles of the training data, and the proof
-runs on its held-out tiles, so that data must be at hand (--data-dir, if moved).
-Ends with a parity table; a bundle that does not decide as the model is not
-written, and the exit code is 2. Research use only: not a medical device.
+The prototypes are made from support tiles of the training data, and the
+proof runs on its held-out tiles: that data must be at hand (--data-dir, if
+it has moved). Ends with a parity table; a bundle that does not decide as the
+model is not written, and the exit code is 2.
+Research use only: not a medical device.
 """
 
 
