@@ -250,6 +250,12 @@ def golden_file(trained: Trained, graphs: list[Graph]) -> bytes:
     return buffer.getvalue()
 
 
+def _sides(split: Mapping[str, list[str]]) -> str:
+    """Such as `108 tiles to train, 36 to validate, 72 to test`."""
+    train, val, test = (len(split[side]) for side in ("train", "val", "test"))
+    return f"{train} tiles to train, {val} to validate, {test} to test"
+
+
 def _facts(
     trained: Trained, graphs: list[Graph], record: Mapping[str, Any], precision: str
 ) -> dict[str, Any]:
@@ -269,7 +275,7 @@ def _facts(
         "preprocess": trained.preprocess.to_dict(),
         "parity": record,
         "training": {
-            "data": info["data"],
+            "data": f"{info['data']} ({_sides(info['split'])})",
             "phantom": info["phantom"],
             "classes": info["classes"],
             "grouped_by": info["grouped_by"],

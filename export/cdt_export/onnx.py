@@ -17,6 +17,17 @@ OPSET = 20
 """The newest opset whose normalisations and attention every engine at hand runs."""
 
 
+_BATCH, _BATCH_AND_CLASSES = {0: "batch"}, {0: "batch", 1: "classes"}
+OUTPUT_AXES: dict[str, dict[int, str]] = {
+    "tile_tokens": _BATCH,
+    "embedding": _BATCH,
+    "ct_residual": _BATCH,
+    "logits": _BATCH_AND_CLASSES,
+    "distances": _BATCH_AND_CLASSES,
+}
+"""Names of the dynamic axes of outputs."""
+
+
 def to_onnx(graph: Graph, *, fp16: bool) -> bytes:
     """Export one graph.
 
@@ -69,7 +80,13 @@ def describe(graph: Graph, outputs: dict[str, Tensor]) -> dict[str, Any]:
             for name, tensor in graph.inputs.items()
         },
         "outputs": {
-            name: {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
+            name: {
+                "shape": [
+                    OUTPUT_AXES.get(name, {}).get(axis, size)
+                    for axis, size in enumerate(tensor.shape)
+                ],
+                "dtype": str(tensor.dtype).removeprefix("torch."),
+            }
             for name, tensor in outputs.items()
         },
     }

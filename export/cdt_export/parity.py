@@ -268,6 +268,9 @@ def as_text(record: Mapping[str, Any]) -> str:
         f"{row['max_probability_change']:>12.2e} {row['accuracy']:>9.3f}"
         for row in record["decisions"]
     ]
+    lines += ["", "ties: tiles that the model itself leaves undecided, whichever way they round"]
+    if any(2 * row["ties"] > row["tiles"] for row in record["decisions"]):
+        lines.append("warning: most are ties: these decisions prove little; train the model longer")
     return "\n".join(lines)
 
 

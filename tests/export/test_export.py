@@ -67,6 +67,8 @@ def test_the_manifest_says_what_the_graphs_take_in(bundle_dir: Path) -> None:
         "dtype": "uint8",
     }
     assert graphs["head"]["inputs"]["prototypes"]["shape"] == ["classes", 32]
+    assert graphs["head"]["outputs"]["logits"]["shape"] == ["batch", "classes"]
+    assert graphs["bridge"]["outputs"]["embedding"]["shape"] == ["batch", 32]
 
 
 def test_the_manifest_holds_the_parity_figures(bundle_dir: Path) -> None:

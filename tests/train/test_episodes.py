@@ -89,6 +89,11 @@ def test_more_folds_than_groups_are_refused() -> None:
         group_folds(LABELS, GROUPS, 11, seed=0)
 
 
+def test_a_class_with_fewer_tiles_than_folds_is_refused() -> None:
+    with pytest.raises(DatasetError, match="a class has 1 tiles, which can't be spread over 2 fol"):
+        group_folds(np.array([0, 1]), np.array([0, 1]), 2, seed=0)
+
+
 def test_held_out_groups_are_apart_and_hold_every_class() -> None:
     rest, held = hold_out_groups(LABELS, GROUPS, 0.25, np.random.default_rng(0))
     assert set(GROUPS[rest]) & set(GROUPS[held]) == set()

@@ -176,6 +176,12 @@ def group_folds(labels: Ints, groups: Ints, num_folds: int, seed: int) -> list[I
         raise DatasetError(
             f"{n_groups} patients (or groups) can't make {num_folds} folds: lower --num-folds"
         )
+    fewest = int(np.bincount(labels)[np.unique(labels)].min())
+    if fewest < num_folds:
+        raise DatasetError(
+            f"a class has {fewest} tiles, which can't be spread over {num_folds} folds: add tiles "
+            f"or lower --num-folds"
+        )
     splitter = StratifiedGroupKFold(num_folds, shuffle=True, random_state=seed)
     return [test.astype(np.int64) for _, test in splitter.split(labels, labels, groups)]
 

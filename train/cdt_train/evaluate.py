@@ -17,6 +17,9 @@ from cdt_train.episodes import Episode, EpisodeSampler
 
 Floats = NDArray[np.float32]
 
+TEMPERATURES = (0.5, 20.0)
+"""Bounds of the fitted temperature."""
+
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
@@ -106,7 +109,7 @@ def fit_temperature(scores: EpisodeScores) -> float:
     A fine grid from 0.5 to 20. A few validation patients that are all classified rightly would ask
     for an ever lower temperature, that is, for certainty: below 0.5 they are not believed.
     """
-    grid = np.exp(np.linspace(math.log(0.5), math.log(20.0), 200))
+    grid = np.exp(np.linspace(math.log(TEMPERATURES[0]), math.log(TEMPERATURES[1]), 200))
     losses = [negative_log_likelihood(scores.logits / t, scores.truth) for t in grid]
     return float(grid[int(np.argmin(losses))])
 

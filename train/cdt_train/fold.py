@@ -17,6 +17,7 @@ from cdt_train.data.load import LoadedData
 from cdt_train.episodes import Episode
 from cdt_train.episodic import EpisodicPhase, embed_tiles
 from cdt_train.evaluate import (
+    TEMPERATURES,
     EpisodeScores,
     colour_statistics,
     fit_temperature,
@@ -203,10 +204,17 @@ def _calibrate(
     with_ct = _score_with_ct(model, fold, fold.val, fold.val_episodes, scale, seed, device)
     scores = _together([alone, with_ct])
     temperature = fit_temperature(scores)
+    at_bound = min(abs(temperature / bound - 1) for bound in TEMPERATURES) < 1e-6
+    if at_bound:
+        say(
+            f"warning: fold {fold.number}: the temperature stopped at its bound, {temperature:g}: "
+            f"probabilities are not calibrated; train longer or add validation patients"
+        )
     return {
         "k_shot": recipe.training.k_shot,
         "learnt_scale": scale,
         "temperature": temperature,
+        "at_bound": at_bound,
         "validation_tiles": len(fold.val),
         "ece_before": metrics(scores)["ece"],
         "ece_after": metrics(scores, temperature)["ece"],

@@ -35,7 +35,8 @@ def plot_curves(path: Path, title: str, history: History, panels: Mapping[str, s
         axes.set_ylabel(name)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
-        axes.legend()
+        if axes.lines:
+            axes.legend()
         if "accuracy" in name:
             axes.set_ylim(0, 1.02)
     path.parent.mkdir(parents=True, exist_ok=True)

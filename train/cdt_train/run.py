@@ -52,6 +52,8 @@ def run_training(
         CdtError: of any kind that the user can mend.
     """
     earlier = _earlier_run(output_dir, recipe, resume)
+    if resume and not earlier:
+        say(f"nothing to resume in {output_dir}: starting anew")
     device = choose_device(recipe.training.device)
     if earlier and data_dir is None:
         data_dir = Path(earlier["data_dir"])

@@ -85,6 +85,9 @@ def _reading(report: Mapping[str, Any]) -> str:
         f"± {100 * gain['ci95']:.1f}: {verdict}. Gate of the bridge in each fold (0 is closed): "
         + ", ".join(f"{fold['gate']:+.3f}" for fold in report["folds"])
     )
+    plain = report["over_folds"]["colour_statistics"]["accuracy"]["mean"]
+    if report["over_folds"]["without_ct"]["accuracy"]["mean"] <= plain:
+        text += "\nNot better than colour statistics alone: this model has learnt nothing of use."
     if report["phantom"]:
         text += "\nPhantom data: these figures say that the pipeline learns, nothing of patients."
     return text

@@ -32,7 +32,7 @@ class OrtSession:
             self._session = ort.InferenceSession(graph, options, providers=[provider])
         except Exception as error:  # ONNX Runtime raises a bare class of its own for each status
             raise BackendError(
-                f"{provider}: can't load the graph: {_first_line(error)}{_cure(provider)}"
+                f"{provider}: can't load the graph: {_reason(error)}{_cure(provider)}"
             ) from error
         actual = self._session.get_providers()[0]
         if actual != provider:
@@ -80,6 +80,12 @@ def _cure(provider: str) -> str:
         ": check the GPU and its driver and pip install 'cdt-edge[gpu]', or use "
         "--backend onnxruntime"
     )
+
+
+def _reason(error: Exception) -> str:
+    if "fallback to CPU EP has been explicitly disabled" in str(error):
+        return "no usable GPU, or its libraries are missing"
+    return _first_line(error)
 
 
 def _first_line(error: Exception) -> str:

@@ -178,6 +178,13 @@ def load_tiles(
         found = _read(tile, data_dir)
         try:
             pixels, _, _ = match_channels(found, preprocess.channels)
+        except CdtError as error:
+            raise DatasetError(
+                f"{name}: has the channels {', '.join(found.channels)}, the recipe asks for "
+                f"{', '.join(preprocess.channels)}: name those that every tile has with "
+                f"data.channels=[A,B,...]"
+            ) from error
+        try:
             array = preprocess.tile(pixels, found.bits, name=found.source)
         except CdtError as error:
             raise DatasetError(f"{name}: {error}") from error
