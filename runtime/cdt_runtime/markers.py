@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from cdt_runtime.errors import TileError
 
 MARKERS = ("DAPI", "PanCK", "CD3", "CD8", "FOXP3", "PDL1")
+"""The default panel: what training expects of multiplex tiles, and what the phantom shows."""
 
 _SYNONYMS = {
     "DAPI": ("HOECHST", "HOECHST 33342", "DNA"),

@@ -90,7 +90,9 @@ def test_more_folds_than_groups_are_refused() -> None:
 
 
 def test_a_class_with_fewer_tiles_than_folds_is_refused() -> None:
-    with pytest.raises(DatasetError, match="a class has 1 tiles, which can't be spread over 2 fol"):
+    with pytest.raises(
+        DatasetError, match=r"the rarest class has 1 tile\(s\), too few for 2 folds: add"
+    ):
         group_folds(np.array([0, 1]), np.array([0, 1]), 2, seed=0)
 
 

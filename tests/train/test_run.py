@@ -5,15 +5,18 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+import tifffile
 import torch
 
 from cdt_runtime.errors import CheckpointError, DatasetError, TrainingError
+from cdt_runtime.markers import MARKERS
 from cdt_runtime.preprocess import Preprocess
 from cdt_train.cli import train_command
-from cdt_train.config import load_recipe
-from cdt_train.data import read_hospital
-from cdt_train.data.arrays import load_ct
+from cdt_train.config import DataRecipe, load_recipe
+from cdt_train.data import LabelledTile, read_hospital
+from cdt_train.data.arrays import choose_preprocess, load_ct, survey_tiles
 from cdt_train.run import run_training
 
 Tiny = tuple[str, ...]
@@ -167,6 +170,22 @@ def test_the_same_image_under_two_patients_is_refused(
             output_dir=tmp_path / "models",
             resume=False,
         )
+
+
+def test_dark_tiles_of_sixteen_bits_are_not_taken_for_bytes(tmp_path: Path) -> None:
+    tiles = []
+    for name in ("a", "b"):
+        pixels = np.random.default_rng(0).integers(0, 200, (6, 64, 64), dtype=np.uint16)
+        metadata = {"axes": "CYX", "Channel": {"Name": list(MARKERS)}}
+        tifffile.imwrite(
+            tmp_path / f"{name}.tif", pixels, ome=True, photometric="minisblack", metadata=metadata
+        )
+        tiles.append(LabelledTile(tmp_path / f"{name}.tif", name, name))
+    survey = survey_tiles(tiles, 64, tmp_path, lambda items, _: items)
+    preprocess = choose_preprocess(survey, DataRecipe())
+    assert (preprocess.tile_dtype, preprocess.tile_bits) == ("float32", 10)
+    array = preprocess.tile(pixels.transpose(1, 2, 0), 16, name="a")
+    assert not preprocess.is_blank(array)
 
 
 def test_labels_that_do_not_exist_are_not_made_up(

@@ -16,9 +16,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from cdt_runtime.errors import RecipeError
 
-DEFAULT_MARKERS = ("DAPI", "PanCK", "CD3", "CD8", "FOXP3", "PDL1")
-
-
 Width = Annotated[int, Field(ge=8, multiple_of=8)]
 
 

@@ -179,7 +179,7 @@ def group_folds(labels: Ints, groups: Ints, num_folds: int, seed: int) -> list[I
     fewest = int(np.bincount(labels)[np.unique(labels)].min())
     if fewest < num_folds:
         raise DatasetError(
-            f"a class has {fewest} tiles, which can't be spread over {num_folds} folds: add tiles "
+            f"the rarest class has {fewest} tile(s), too few for {num_folds} folds: add tiles "
             f"or lower --num-folds"
         )
     splitter = StratifiedGroupKFold(num_folds, shuffle=True, random_state=seed)

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from cdt_runtime.ct import read_series
 from cdt_runtime.errors import CdtError, DatasetError
+from cdt_runtime.markers import MARKERS
 from cdt_runtime.preprocess import Preprocess
 from cdt_runtime.tile import Tile, match_channels, read_tile
-from cdt_train.config import DEFAULT_MARKERS, DataRecipe
+from cdt_train.config import DataRecipe
 from cdt_train.data.dataset import LabelledTile, TileDataset
 
 T = TypeVar("T")
@@ -133,7 +134,8 @@ def survey_tiles(
         else:
             scales.append(found.mpp * min(found.pixels.shape[:2]) / image_size)
         notes.update(note for note in found.warnings if "--mpp" not in note)
-    needed = next(b for b in (8, 10, 12, 14, 16, 32) if brightest < 2**b)
+    # Samples wider than a byte are never taken for bytes, however dark the tiles.
+    needed = next(b for b in (10, 12, 14, 16, 32) if brightest < 2**b)
     return Survey(
         rgb=all(rgb),
         bits=8 if widest == 8 else min(widest, needed),
@@ -145,7 +147,7 @@ def survey_tiles(
 
 def choose_preprocess(survey: Survey, recipe: DataRecipe) -> Preprocess:
     """Fix the preprocessing by the recipe and, where that leaves it open, by the tiles."""
-    channels = recipe.channels or (RGB if survey.rgb else DEFAULT_MARKERS)
+    channels = recipe.channels or (RGB if survey.rgb else MARKERS)
     plain = survey.bits == 8 and not survey.floats
     return Preprocess(
         channels=tuple(channels),

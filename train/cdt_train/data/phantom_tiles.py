@@ -18,9 +18,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from cdt_runtime.markers import MARKERS
 from cdt_train.data.phantom_noise import Image, gaussian_blur, smooth_field
 
-CHANNELS = ("DAPI", "PanCK", "CD3", "CD8", "FOXP3", "PDL1")
+CHANNELS = MARKERS
 CLASSES = ("invasion_front", "tumor_stroma")
 SIZE = 256
 MPP = 0.5

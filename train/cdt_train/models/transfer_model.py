@@ -59,12 +59,6 @@ class TransferModel(nn.Module):
             return like.new_zeros(1, 1, width), like.new_zeros(1)
         return self.ct_encoder(ct), like.new_ones(1)
 
-    def embed(self, tile: Tensor, ct: Tensor | None) -> Tensor:
-        """Embed tiles `(B, M, S, S)` in a CT context; unit vectors `(B, E)`."""
-        tokens, present = self.context(ct)
-        result: Tensor = self.bridge(self.path_encoder(tile), tokens, present)
-        return result
-
 
 def build_model(
     *,
