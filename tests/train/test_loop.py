@@ -26,14 +26,12 @@ class Toy:
         self._stop_at, self._poison = stop_at, poison
         self._epoch = 0
 
-    def start_epoch(self, epoch: int) -> None:
-        if epoch == self._stop_at:
+    def step(self, index: int, progress: float) -> dict[str, Tensor]:
+        self._epoch = index // SCHEDULE.steps
+        if self._epoch == self._stop_at:
             raise KeyboardInterrupt
-        self._epoch = epoch
-        self._generator.manual_seed(epoch)
-        torch.manual_seed(epoch)
-
-    def step(self, progress: float) -> dict[str, Tensor]:
+        self._generator.manual_seed(index)
+        torch.manual_seed(index)
         inputs = torch.randn(16, 4, generator=self._generator)
         loss = (self.model(inputs) - inputs.sum(dim=1, keepdim=True)).square().mean()
         return {"loss": loss * (float("nan") if self._poison and self._epoch == 2 else 1)}

@@ -90,18 +90,18 @@ def test_a_killed_run_resumes_to_the_same_weights(
     from cdt_train.episodic import EpisodicPhase
 
     recipe = load_recipe(None, tiny_recipe)
-    whole = EpisodicPhase.start_epoch
+    whole = EpisodicPhase.step
 
-    def killed(self: EpisodicPhase, epoch: int) -> None:
-        if epoch == 1:
+    def killed(self: EpisodicPhase, index: int, progress: float) -> dict[str, torch.Tensor]:
+        if index == 3:
             raise KeyboardInterrupt
-        whole(self, epoch)
+        return whole(self, index, progress)
 
     output = tmp_path / "models"
-    monkeypatch.setattr(fold.EpisodicPhase, "start_epoch", killed)
+    monkeypatch.setattr(fold.EpisodicPhase, "step", killed)
     with pytest.raises(KeyboardInterrupt):
         run_training(recipe, data_dir=phantom_dir, output_dir=output, resume=False)
-    monkeypatch.setattr(fold.EpisodicPhase, "start_epoch", whole)
+    monkeypatch.setattr(fold.EpisodicPhase, "step", whole)
     report = run_training(recipe, data_dir=phantom_dir, output_dir=output, resume=True)
     assert report == json.loads((trained_dir / "metrics.json").read_text())
     first, second = (

@@ -15,6 +15,7 @@ from cdt_train.evaluate import score_episodes
 from cdt_train.models.domain import ramp
 from cdt_train.models.prototypical import class_means
 from cdt_train.models.transfer_model import TransferModel
+from cdt_train.seeding import step_seed
 
 BATCH = 64
 Floats = NDArray[np.float32]
@@ -69,13 +70,10 @@ class EpisodicPhase:
         self._generator = torch.Generator()
         self._rng = np.random.default_rng(seed)
 
-    def start_epoch(self, epoch: int) -> None:
-        """Seed the epoch."""
-        self._generator.manual_seed(self._seed * 1_000_003 + epoch)
-        self._rng = np.random.default_rng([self._seed, epoch])
-
-    def step(self, progress: float) -> dict[str, Tensor]:
+    def step(self, index: int, progress: float) -> dict[str, Tensor]:
         """Compute the losses of one episode."""
+        self._generator.manual_seed(step_seed(self._seed, index))
+        self._rng = np.random.default_rng([self._seed, index])
         episode = self._sampler.sample(self._rng)
         chosen = np.concatenate([episode.support, episode.query])
         tokens = self._model.path_encoder(self._augmented(chosen))

@@ -1,6 +1,6 @@
 """The one training loop: epochs of steps, checkpoints, exact resume.
 
-Random numbers of an epoch hang on the seed and the epoch alone, so on a CPU a run that resumes
+Random numbers of a step hang on the seed and the step's index alone, so on a CPU a run that resumes
 after epoch n goes on exactly as one that was never stopped.
 """
 
@@ -32,13 +32,13 @@ class Phase(Protocol):
     name: str
     model: nn.Module
 
-    def start_epoch(self, epoch: int) -> None:
-        """Seed the epoch."""
-
-    def step(self, progress: float) -> dict[str, Tensor]:
+    def step(self, index: int, progress: float) -> dict[str, Tensor]:
         """Compute the terms of one step; `loss` is what is minimised.
 
+        Every random number hangs on the seed of the phase and on `index` alone.
+
         Args:
+            index: of the step since the start of the phase, from 0.
             progress: share of the phase that is done, 0 to 1.
         """
 
@@ -156,13 +156,12 @@ def _train_epoch(
     optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LRScheduler,
 ) -> dict[str, float]:
-    phase.start_epoch(epoch)
     phase.model.train()
     found: dict[str, list[float]] = {}
     title = f"{phase.name} {epoch + 1}/{schedule.epochs}"
     for step in bar(range(schedule.steps), title):
-        done = (epoch * schedule.steps + step) / (schedule.epochs * schedule.steps)
-        terms = phase.step(done)
+        index = epoch * schedule.steps + step
+        terms = phase.step(index, index / (schedule.epochs * schedule.steps))
         loss = terms["loss"]
         if not torch.isfinite(loss):
             raise TrainingError(

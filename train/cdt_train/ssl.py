@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from cdt_train.augment import paired_views
 from cdt_train.encoders.conv3d import CtEncoder
+from cdt_train.seeding import step_seed
 
 
 class ContrastivePhase:
@@ -52,13 +53,9 @@ class ContrastivePhase:
         self._generator = torch.Generator()
         self._losses: list[float] = []
 
-    def start_epoch(self, epoch: int) -> None:
-        """Seed the epoch."""
-        self._generator.manual_seed(self._seed * 1_000_003 + epoch)
-        self._losses.clear()
-
-    def step(self, progress: float) -> dict[str, Tensor]:
+    def step(self, index: int, progress: float) -> dict[str, Tensor]:
         """Contrast one batch; `progress` is not used."""
+        self._generator.manual_seed(step_seed(self._seed, index))
         count = len(self._volumes)
         rounds = -(-self._batch_size // count)
         order = [torch.randperm(count, generator=self._generator) for _ in range(rounds)]
@@ -71,7 +68,9 @@ class ContrastivePhase:
 
     def validate(self) -> dict[str, float]:
         """Score the epoch by its training loss: there are no labels to hold out."""
-        return {"score": -sum(self._losses) / len(self._losses)}
+        score = -sum(self._losses) / len(self._losses)
+        self._losses.clear()
+        return {"score": score}
 
 
 def contrast(projected: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
