@@ -22,6 +22,8 @@ _OPTIONAL = frozenset(
         "matplotlib",
         "tifffile",
         "tqdm",
+        "accelerate",
+        "tensorboard",
         "onnx",
         "onnxscript",
     }

@@ -67,6 +67,8 @@ def test_checkpoints_hold_what_users_of_the_field_expect(tmp_path: Path) -> None
         "model_state_dict",
         "optimizer_state_dict",
         "scheduler_state_dict",
+        "scaler_state_dict",
+        "micro_steps",
         "best_metric",
         "config",
         "history",

@@ -64,6 +64,7 @@ def train_command(
     pairs = [f"{key}={value}" for key, value in shorthand.items() if value is not None]
     recipe = load_recipe(Path(config) if config else None, [*overrides, *pairs])
 
+    from cdt_train.progress import is_silent
     from cdt_train.run import run_training
     from cdt_train.summary import as_text
 
@@ -71,6 +72,8 @@ def train_command(
     report = run_training(
         recipe, data_dir=Path(data_dir) if data_dir else None, output_dir=output, resume=resume
     )
+    if is_silent():
+        return
     if as_json:
         click.echo(json.dumps(report, indent=1))
         return

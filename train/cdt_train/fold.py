@@ -14,6 +14,7 @@ from cdt_train.checkpoint import load_checkpoint, load_weights, save_checkpoint,
 from cdt_train.config import Recipe
 from cdt_train.data.arrays import TileArrays
 from cdt_train.data.load import LoadedData
+from cdt_train.engine import Engine
 from cdt_train.episodes import Episode
 from cdt_train.episodic import EpisodicPhase, embed_tiles
 from cdt_train.evaluate import (
@@ -48,7 +49,7 @@ def train_fold(
     recipe: Recipe,
     data: LoadedData,
     resume: bool,
-    device: torch.device,
+    engine: Engine,
 ) -> dict[str, Any]:
     """Train, calibrate and evaluate one fold; a finished one is taken up on resume.
 
@@ -63,14 +64,15 @@ def train_fold(
         f"fold {fold.number}: {len(fold.train)} training, {len(fold.val)} validation and "
         f"{len(fold.test)} test tiles, all of different {data.info['grouped_by']}s"
     )
-    history = _train(fold, ct_encoder, recipe, data, resume, device)
+    history = _train(fold, ct_encoder, recipe, data, resume, engine)
     title = f"Fold {fold.number}: episodic training"
-    plot_curves(fold.folder / "curves.png", title, history, _PANELS)
+    if engine.is_main:
+        plot_curves(fold.folder / "curves.png", title, history, _PANELS)
     best = load_checkpoint(best_path, ("model_state_dict", "best_metric", "epoch"))
     model = _new_model(fold, recipe)
     load_weights(model, best["model_state_dict"], best_path)
-    model.to(device)
-    calibration = _calibrate(model, fold, recipe, device)
+    model.to(engine.device)
+    calibration = _calibrate(model, fold, recipe, engine.device)
     result = {
         "fold": fold.number,
         "tiles": {side: len(names) for side, names in fold.split.items()},
@@ -78,10 +80,12 @@ def train_fold(
         "calibration": calibration,
         "gate": float(torch.tanh(model.bridge.gate).item()),
         "history": history,
-        "test": evaluate_fold(model, fold, recipe, calibration["temperature"], device),
+        "test": evaluate_fold(model, fold, recipe, calibration["temperature"], engine.device),
     }
-    save_checkpoint(best_path, {**best, "calibration": calibration, "test": result["test"]})
-    write_json(record, result)
+    if engine.is_main:
+        content = {**best, "calibration": calibration, "test": result["test"]}
+        save_checkpoint(best_path, content)
+        write_json(record, result)
     return result
 
 
@@ -91,7 +95,7 @@ def _train(
     recipe: Recipe,
     data: LoadedData,
     resume: bool,
-    device: torch.device,
+    engine: Engine,
 ) -> list[dict[str, float]]:
     training = recipe.training
     run = Run(
@@ -113,7 +117,7 @@ def _train(
         training.weight_decay,
         training.warmup,
     )
-    return train_phase(_phase(fold, ct_encoder, recipe, data, device), schedule, run)
+    return train_phase(_phase(fold, ct_encoder, recipe, data, engine.device), schedule, run, engine)
 
 
 def model_of(recipe: Recipe, channels: int, n_classes: int) -> TransferModel:

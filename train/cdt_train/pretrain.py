@@ -13,6 +13,7 @@ from cdt_train.checkpoint import load_checkpoint, save_checkpoint
 from cdt_train.config import Recipe
 from cdt_train.data.arrays import CtArrays
 from cdt_train.encoders.conv3d import CtEncoder
+from cdt_train.engine import Engine
 from cdt_train.loop import Run, Schedule, require_same_recipe, train_phase
 from cdt_train.plots import plot_curves
 from cdt_train.progress import say
@@ -26,7 +27,7 @@ def pretrain(
     ct: CtArrays,
     folder: Path,
     resume: bool,
-    device: torch.device,
+    engine: Engine,
     dataset_info: Mapping[str, Any],
 ) -> dict[str, Tensor]:
     """Pretrain the CT encoder and keep it in `folder`.
@@ -36,7 +37,7 @@ def pretrain(
         ct: the volumes that it may see.
         folder: gets `ct_encoder_pretrained.pt` and the curves.
         resume: take up a finished or half-finished phase.
-        device: to train on.
+        engine: to train on.
         dataset_info: recorded in the checkpoint.
 
     Returns:
@@ -63,7 +64,7 @@ def pretrain(
             batch_size=training.ssl_batch_size,
             temperature=training.ssl_temperature,
             seed=training.seed,
-            device=device,
+            device=engine.device,
         )
         schedule = Schedule(
             training.ssl_epochs,
@@ -73,9 +74,10 @@ def pretrain(
             training.warmup,
         )
         run = Run(folder, "ssl", config, keep=training.keep_checkpoints, resume=resume)
-        history = train_phase(phase, schedule, run)
+        history = train_phase(phase, schedule, run, engine)
         panels = {"loss": "contrastive loss", "accuracy": "accuracy of matching views"}
-        plot_curves(folder / "curves_ssl.png", "Phase 1: CT pretraining", history, panels)
+        if engine.is_main:
+            plot_curves(folder / "curves_ssl.png", "Phase 1: CT pretraining", history, panels)
     else:
         say(f"phase 1: left out ({len(ct)} CT series, training.ssl_epochs={training.ssl_epochs})")
     state = {key: value.cpu().clone() for key, value in encoder.state_dict().items()}
@@ -85,5 +87,6 @@ def pretrain(
         "config": config,
         "dataset_info": dict(dataset_info),
     }
-    save_checkpoint(path, content)
+    if engine.is_main:
+        save_checkpoint(path, content)
     return state

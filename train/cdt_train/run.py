@@ -16,13 +16,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from cdt_runtime.errors import CheckpointError, TrainingError
 from cdt_train.checkpoint import write_json
 from cdt_train.config import Recipe
 from cdt_train.data.load import read_data
 from cdt_train.data.phantom import write_phantom
+from cdt_train.engine import Engine
 from cdt_train.fold import train_fold
 from cdt_train.loop import require_same_recipe
 from cdt_train.pretrain import pretrain
@@ -54,10 +53,11 @@ def run_training(
     earlier = _earlier_run(output_dir, recipe, resume)
     if resume and not earlier:
         say(f"nothing to resume in {output_dir}: starting anew")
-    device = choose_device(recipe.training.device)
+    engine = Engine.start(recipe.training.device)
+    engine.wait()  # or another process would find what the first one writes below
     if earlier and data_dir is None:
         data_dir = Path(earlier["data_dir"])
-    data = read_data(recipe, data_dir or _phantom(recipe, output_dir))
+    data = read_data(recipe, data_dir or _phantom(recipe, output_dir, engine))
     if earlier and earlier["fingerprint"] != data.info["fingerprint"]:
         raise CheckpointError(
             f"{output_dir}: was trained on other data than {data.info['data_dir']} holds now: "
@@ -71,45 +71,37 @@ def run_training(
         "data_dir": data.info["data_dir"],
         "fingerprint": data.info["fingerprint"],
     }
-    write_json(output_dir / RECORD, record)
+    if engine.is_main:
+        write_json(output_dir / RECORD, record)
     shared = None
     if not data.paired:
-        shared = pretrain(recipe, data.ct, output_dir, resume, device, data.info)
+        shared = pretrain(recipe, data.ct, output_dir, resume, engine, data.info)
     results = []
     for fold in folds:
-        encoder = shared or pretrain(recipe, fold.ct, fold.folder, resume, device, data.info)
-        results.append(train_fold(fold, encoder, recipe, data, resume, device))
+        encoder = shared or pretrain(recipe, fold.ct, fold.folder, resume, engine, data.info)
+        results.append(train_fold(fold, encoder, recipe, data, resume, engine))
     best = max(results, key=lambda result: result["validation"]["best_metric"])
-    shutil.copyfile(output_dir / f"fold_{best['fold']}" / "best_model.pt", output_dir / ".best")
-    (output_dir / ".best").replace(output_dir / "best_model.pt")
     report = summarise(recipe, data, results, best["fold"])
-    write_json(output_dir / "metrics.json", report)
+    if engine.is_main:
+        chosen = output_dir / f"fold_{best['fold']}" / "best_model.pt"
+        shutil.copyfile(chosen, output_dir / ".best")
+        (output_dir / ".best").replace(output_dir / "best_model.pt")
+        write_json(output_dir / "metrics.json", report)
+    engine.close()
     return report
 
 
-def _phantom(recipe: Recipe, output_dir: Path) -> Path:
+def _phantom(recipe: Recipe, output_dir: Path, engine: Engine) -> Path:
     """Write the phantom data that stand in for a data folder."""
     folder = output_dir / PHANTOM_DIR
     say(
         f"no --data-dir: training on phantom data, generated with seed {recipe.training.seed} "
         f"in {folder}: it shows that the pipeline works and says nothing about patients"
     )
-    write_phantom(folder, seed=recipe.training.seed)
+    if engine.is_main:
+        write_phantom(folder, seed=recipe.training.seed)
+    engine.wait()
     return folder
-
-
-def choose_device(wanted: str) -> torch.device:
-    """Return the device to train on.
-
-    Raises:
-        TrainingError: a GPU was asked for and there is none.
-    """
-    available = torch.cuda.is_available()
-    if wanted == "cuda" and not available:
-        raise TrainingError(
-            "training.device=cuda: torch finds no GPU here: use training.device=cpu"
-        )
-    return torch.device("cuda" if available and wanted != "cpu" else "cpu")
 
 
 def _earlier_run(output_dir: Path, recipe: Recipe, resume: bool) -> dict[str, Any] | None:
