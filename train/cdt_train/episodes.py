@@ -64,11 +64,9 @@ class EpisodeSampler:
         self.n_way = n_way or len(self.present)
         self.k_shot, self.n_query = k_shot, n_query
         self._names = class_names
-        self._tiles = {
-            (int(c), int(g)): np.flatnonzero((labels == c) & (groups == g))
-            for c in self.present
-            for g in np.unique(groups[labels == c])
-        }
+        self._tiles = _by_class_and_group(labels, groups)
+        self._pools_of = {int(c): np.flatnonzero(labels == c) for c in self.present}
+        self._all_single = len(np.unique(groups)) == len(groups)
         self._check()
 
     def sample(self, rng: np.random.Generator) -> Episode:
@@ -79,6 +77,8 @@ class EpisodeSampler:
         """
         for _ in range(self.ATTEMPTS):
             classes = np.sort(rng.choice(self.present, self.n_way, replace=False))
+            if self._all_single:
+                return self._draw_single(classes, rng)
             side = self._part_groups(classes, rng)
             if side is not None:
                 return self._draw(classes, side, rng)
@@ -144,14 +144,39 @@ class EpisodeSampler:
             self._pools(classes, side, support) for support in (True, False)
         )
         n_query = min(self.n_query, *(len(pool) for pool in query_pools))
+        return self._episode(
+            classes,
+            [rng.choice(pool, self.k_shot, False) for pool in support_pools],
+            [rng.choice(pool, n_query, False) for pool in query_pools],
+        )
+
+    def _draw_single(self, classes: Ints, rng: np.random.Generator) -> Episode:
+        """Draw where each tile is a group of its own: then any tiles may be apart."""
+        pools = [self._pools_of[int(c)] for c in classes]
+        n_query = min(self.n_query, *(len(pool) - self.k_shot for pool in pools))
+        drawn = [rng.choice(pool, self.k_shot + n_query, False) for pool in pools]
+        return self._episode(
+            classes, [d[: self.k_shot] for d in drawn], [d[self.k_shot :] for d in drawn]
+        )
+
+    def _episode(self, classes: Ints, support: Sequence[Ints], query: Sequence[Ints]) -> Episode:
         ways = np.arange(self.n_way, dtype=np.int64)
         return Episode(
-            support=np.concatenate([rng.choice(p, self.k_shot, False) for p in support_pools]),
+            support=np.concatenate(support),
             support_labels=ways.repeat(self.k_shot),
-            query=np.concatenate([rng.choice(p, n_query, False) for p in query_pools]),
-            query_labels=ways.repeat(n_query),
+            query=np.concatenate(query),
+            query_labels=ways.repeat(len(query[0])),
             classes=classes,
         )
+
+
+def _by_class_and_group(labels: Ints, groups: Ints) -> dict[tuple[int, int], Ints]:
+    """Tiles of each class and group, ascending; the keys too."""
+    order = np.lexsort((groups, labels))
+    pairs = np.stack([labels[order], groups[order]], axis=1)
+    starts = np.flatnonzero(np.any(np.diff(pairs, axis=0), axis=1)) + 1
+    parts = np.split(order, starts)
+    return {(int(labels[part[0]]), int(groups[part[0]])): part for part in parts if len(part)}
 
 
 def group_folds(labels: Ints, groups: Ints, num_folds: int, seed: int) -> list[Ints]:
@@ -169,7 +194,7 @@ def group_folds(labels: Ints, groups: Ints, num_folds: int, seed: int) -> list[I
     Raises:
         DatasetError: there are fewer groups than folds.
     """
-    from sklearn.model_selection import StratifiedGroupKFold
+    from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
     n_groups = len(np.unique(groups))
     if n_groups < num_folds:
@@ -182,6 +207,9 @@ def group_folds(labels: Ints, groups: Ints, num_folds: int, seed: int) -> list[I
             f"the rarest class has {fewest} tile(s), too few for {num_folds} folds: add tiles "
             f"or lower --num-folds"
         )
+    if n_groups == len(groups):  # the splitter for groups would take minutes for 50,000 of them
+        plain = StratifiedKFold(num_folds, shuffle=True, random_state=seed)
+        return [test.astype(np.int64) for _, test in plain.split(labels, labels)]
     splitter = StratifiedGroupKFold(num_folds, shuffle=True, random_state=seed)
     return [test.astype(np.int64) for _, test in splitter.split(labels, labels, groups)]
 
@@ -201,20 +229,26 @@ def hold_out_groups(
         DatasetError: a class has too few groups.
     """
     of_class = {int(c): np.unique(groups[labels == c]) for c in np.unique(labels)}
-    wanted = round(share * len(np.unique(groups)))
+    classes_of: dict[int, list[int]] = {}
+    for label, members in of_class.items():
+        for group in members.tolist():
+            classes_of.setdefault(group, []).append(label)
+    wanted = round(share * len(classes_of))
     for _ in range(200):
         held: set[int] = set()
-        for members in rng.permutation(np.array([*of_class], dtype=np.int64)):
-            mine = rng.permutation(of_class[int(members)])
+        for label in rng.permutation(np.array([*of_class], dtype=np.int64)):
+            mine = rng.permutation(of_class[int(label)])
             lacking = 2 - len(held & set(mine.tolist()))
             held |= set([g for g in mine.tolist() if g not in held][: max(0, lacking)])
+        left = {c: len(set(members.tolist()) - held) for c, members in of_class.items()}
         spare = [g for g in rng.permutation(np.unique(groups)).tolist() if g not in held]
         for group in spare:
             if len(held) >= wanted:
                 break
-            if all(len(set(m.tolist()) - held - {group}) >= 2 for m in of_class.values()):
+            if min(left.values()) >= 2 and all(left[c] > 2 for c in classes_of[group]):
                 held.add(group)
-        if all(len(set(m.tolist()) - held) >= 2 for m in of_class.values()):
+                left = {c: n - (c in classes_of[group]) for c, n in left.items()}
+        if min(left.values()) >= 2:
             chosen = np.isin(groups, sorted(held))
             return np.flatnonzero(~chosen), np.flatnonzero(chosen)
     fewest = min(len(members) for members in of_class.values())

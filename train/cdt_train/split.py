@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from cdt_runtime.errors import DatasetError
 from cdt_train.config import Recipe
 from cdt_train.data.arrays import CtArrays, TileArrays
 from cdt_train.data.load import LoadedData
-from cdt_train.episodes import Episode, EpisodeSampler, group_folds, hold_out_groups
+from cdt_train.episodes import Episode, EpisodeSampler, Ints, group_folds, hold_out_groups
 from cdt_train.evaluate import draw_episodes
+from cdt_train.progress import say
 
-HOLD_OUT, VAL_EPISODES, TEST_EPISODES, TEST_CT, SUPPORT = range(5)
+HOLD_OUT, VAL_EPISODES, TEST_EPISODES, TEST_CT, SUPPORT, TRIAL = range(6)
 """Purposes of random numbers: each has a stream of its own, `[seed, fold, purpose]`."""
 
 
@@ -51,35 +52,116 @@ class Fold:
         return {side: list(getattr(self, side).names) for side in ("train", "val", "test")}
 
 
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """Indices of one fold: no group is in two of them.
+
+    Attributes:
+        train: what weights are fitted to.
+        val: what the epoch is chosen by.
+        test: what is evaluated.
+    """
+
+    train: Ints
+    val: Ints
+    test: Ints
+
+
 def make_folds(recipe: Recipe, data: LoadedData, output_dir: Path) -> list[Fold]:
     """Part the data into folds by patient (or group) and draw every evaluation episode.
 
     Raises:
         DatasetError: the patients, tiles or volumes do not suffice; nothing was trained yet.
     """
-    training = recipe.training
-    tests = group_folds(data.tiles.labels, data.tiles.groups, training.num_folds, training.seed)
+    training, tiles = recipe.training, data.tiles
+    if tiles.split is not None:
+        listed = ", ".join(sorted(set(tiles.split), key=_in_order))
+        say(f"folds are those of the data set ({listed}): training.num_folds is not used")
+    parts = part_indices(
+        tiles.labels,
+        tiles.groups,
+        tiles.split,
+        num_folds=training.num_folds,
+        val_share=training.val_share,
+        seed=training.seed,
+    )
     return [
-        _make_fold(number, output_dir / f"fold_{number}", recipe, data, test)
+        _make_fold(number, output_dir / f"fold_{number}", recipe, data, part)
+        for number, part in enumerate(parts, start=1)
+    ]
+
+
+def part_indices(
+    labels: Ints,
+    groups: Ints,
+    split: Sequence[str] | None,
+    *,
+    num_folds: int,
+    val_share: float,
+    seed: int,
+) -> list[Parts]:
+    """Part samples into folds: by the data set's own split where it has one, else by group.
+
+    Numbered folds are each the test side once. Of a split into train, val and test there is one
+    fold; where it lacks test, val takes its place. Validation samples that no split names are drawn
+    from the training side by group.
+
+    Args:
+        labels: `(n,)` class of each.
+        groups: `(n,)` patient (or group) of each.
+        split: of each, as `TileArrays.split`; None where the data set does not say.
+        num_folds: where it does not.
+        val_share: of the training groups.
+        seed: of every draw.
+
+    Raises:
+        DatasetError: there are too few groups or samples.
+    """
+    named = np.array(split) if split is not None else None
+    if named is None:
+        tests = group_folds(labels, groups, num_folds, seed)
+    elif "train" not in named:
+        tests = [np.flatnonzero(named == fold) for fold in sorted(set(split or ()), key=_in_order)]
+    else:
+        train, val, test = (np.flatnonzero(named == side) for side in ("train", "val", "test"))
+        if len(val) and len(test):
+            return [Parts(train, val, test)]
+        tests = [test if len(test) else val]
+    return [
+        _hold_out(number, labels, groups, test, val_share, seed)
         for number, test in enumerate(tests, start=1)
     ]
 
 
-def _make_fold(
-    number: int, folder: Path, recipe: Recipe, data: LoadedData, test: NDArray[np.int64]
-) -> Fold:
+def _hold_out(
+    number: int, labels: Ints, groups: Ints, test: Ints, val_share: float, seed: int
+) -> Parts:
+    rest = np.setdiff1d(np.arange(len(labels)), test)
+    rng = np.random.default_rng([seed, number, HOLD_OUT])
+    train, val = hold_out_groups(labels[rest], groups[rest], val_share, rng)
+    return Parts(rest[train], rest[val], test)
+
+
+def _in_order(split: str) -> tuple[int, str]:
+    """Numbers by value; then train, val and test."""
+    if split.isdigit():
+        return int(split), ""
+    return ("train", "val", "test").index(split), split
+
+
+def _make_fold(number: int, folder: Path, recipe: Recipe, data: LoadedData, indices: Parts) -> Fold:
     training, tiles = recipe.training, data.tiles
-    rest = np.setdiff1d(np.arange(len(tiles)), test)
-    rng = np.random.default_rng([training.seed, number, HOLD_OUT])
-    train, val = hold_out_groups(tiles.labels[rest], tiles.groups[rest], training.val_share, rng)
-    held = np.unique(tiles.groups[np.concatenate([rest[val], test])])
+    rng = np.random.default_rng([training.seed, number, TRIAL])
+    held = np.unique(tiles.groups[np.concatenate([indices.val, indices.test])])
     ct = data.ct.without(data.patients[g] for g in held)
-    if len(ct) == 0:
+    if len(data.ct) and not len(ct):
         raise DatasetError(
-            f"fold {number}: every CT in ct_data is of a validation or test patient, so training "
+            f"fold {number}: every CT series is of a validation or test patient, so training "
             f"would have none: add CT series of other patients, or lower --num-folds"
         )
-    parts = (tiles.take(rest[train]), tiles.take(rest[val]), tiles.take(test))
+    parts = (tiles.take(indices.train), tiles.take(indices.val), tiles.take(indices.test))
+    for side, part in zip(("train", "val", "test"), parts, strict=True):
+        _require_every_class(number, side, part)
     # Evaluation meets all classes, as the deployed bundle will.
     samplers = [
         EpisodeSampler(
@@ -106,3 +188,14 @@ def _make_fold(
         draw_episodes(samplers[1], training.val_episodes, [training.seed, number, VAL_EPISODES]),
         draw_episodes(samplers[2], training.test_episodes, [training.seed, number, TEST_EPISODES]),
     )
+
+
+def _require_every_class(number: int, side: str, tiles: TileArrays) -> None:
+    """A data set's own split may lack a class on one side; an evaluation episode takes them all."""
+    present = set(tiles.labels.tolist())
+    absent = [name for label, name in enumerate(tiles.classes) if label not in present]
+    if absent and tiles.split is not None:
+        raise DatasetError(
+            f"fold {number}: class '{absent[0]}' has no {side} tile in the data set's own split: "
+            f"add some, or leave the split out and folds are made by group"
+        )

@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cdt_runtime.ct import read_series
+from cdt_runtime.ct import Volume, read_series
 from cdt_runtime.errors import CdtError, DatasetError
 from cdt_runtime.markers import MARKERS
-from cdt_runtime.preprocess import Preprocess
+from cdt_runtime.preprocess import Preprocess, area_resize
 from cdt_runtime.tile import Tile, match_channels, read_tile
 from cdt_train.config import DataRecipe
-from cdt_train.data.dataset import LabelledTile, TileDataset
+from cdt_train.data.dataset import CtSeries, LabelledTile, TileDataset, name_below, tile_name
+from cdt_train.data.npz_volume import read_npz_volume
 
 T = TypeVar("T")
 Progress = Callable[[Iterable[T], str], Iterable[T]]
 RGB = ("R", "G", "B")
+GRAY = ("gray",)
+
+FINE_MM = 2.0
+"""Edge of a voxel of `CtArrays.fine`."""
+
+FINE_VOXELS = 200
+"""Most voxels of it on an axis: the middle 40 cm."""
+
+HU_RANGE = (-1024, 3071)
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,8 +46,10 @@ class TileArrays:
         labels: `(n,)` int64, index into `classes`.
         groups: `(n,)` int64; tiles of one patient (or group) share a number.
         classes: class names.
-        names: path of each tile relative to the data folder.
-        sha256: hash of each tile's file.
+        names: path of each tile relative to the data folder; of tiles in one file, their place.
+        sha256: hash of each tile's file, or pixels.
+        split: where the data set puts each: "train", "val", "test" or a fold's number; None where
+            it does not say.
     """
 
     tiles: Tensor
@@ -45,6 +58,7 @@ class TileArrays:
     classes: tuple[str, ...]
     names: tuple[str, ...]
     sha256: tuple[str, ...]
+    split: tuple[str, ...] | None = None
 
     def take(self, chosen: NDArray[np.int64]) -> TileArrays:
         """Return the chosen tiles, in that order."""
@@ -55,6 +69,7 @@ class TileArrays:
             groups=self.groups[chosen],
             names=tuple(self.names[i] for i in chosen),
             sha256=tuple(self.sha256[i] for i in chosen),
+            split=None if self.split is None else tuple(self.split[i] for i in chosen),
         )
 
     def __len__(self) -> int:
@@ -63,26 +78,33 @@ class TileArrays:
 
 @dataclass(frozen=True, eq=False)
 class CtArrays:
-    """Preprocessed volumes.
+    """Preprocessed volumes; there may be none.
 
     Attributes:
         volumes: `(n, W, D, S, S)` float32.
         patients: patient of each.
         sha256: hash of each series.
+        fine: HU of each, int16 `(D, H, W)` of its own size in voxels of 2 mm: its middle, at most
+            200 voxels on an axis.
     """
 
     volumes: Tensor
     patients: tuple[str, ...]
     sha256: tuple[str, ...]
+    fine: tuple[Tensor, ...]
 
     def without(self, patients: Iterable[str]) -> CtArrays:
         """Return the volumes of all other patients."""
         out = set(patients)
-        kept = [i for i, patient in enumerate(self.patients) if patient not in out]
+        return self.take([i for i, patient in enumerate(self.patients) if patient not in out])
+
+    def take(self, chosen: Sequence[int]) -> CtArrays:
+        """Return the chosen volumes, in that order."""
         return CtArrays(
-            self.volumes[kept],
-            tuple(self.patients[i] for i in kept),
-            tuple(self.sha256[i] for i in kept),
+            self.volumes[torch.tensor(chosen, dtype=torch.int64)],
+            tuple(self.patients[i] for i in chosen),
+            tuple(self.sha256[i] for i in chosen),
+            tuple(self.fine[i] for i in chosen),
         )
 
     def __len__(self) -> int:
@@ -94,7 +116,8 @@ class Survey:
     """What the tiles of a data set are like, before any is kept.
 
     Attributes:
-        rgb: whether they are RGB.
+        rgb: whether all are RGB.
+        gray: whether all are gray.
         bits: significant bits that their samples need, by the brightest of all; 8 for bytes.
         floats: whether any has floating-point samples.
         mpp: median microns a pixel of the tile input, or None where no tile says.
@@ -102,6 +125,7 @@ class Survey:
     """
 
     rgb: bool
+    gray: bool
     bits: int
     floats: bool
     mpp: float | None
@@ -119,11 +143,11 @@ def survey_tiles(
     Raises:
         DatasetError: a tile can't be read; the line names it.
     """
-    brightest, widest, floats, rgb = 0.0, 8, False, []
+    brightest, widest, floats, kinds = 0.0, 8, False, set()
     scales, notes = [], Counter[str]()
     for tile in progress(tiles, "surveying tiles"):
         found = _read(tile, data_dir)
-        rgb.append(found.channels == RGB)
+        kinds.add(found.channels)
         if np.issubdtype(found.pixels.dtype, np.floating):
             floats = True
         else:
@@ -137,7 +161,8 @@ def survey_tiles(
     # Samples wider than a byte are never taken for bytes, however dark the tiles.
     needed = next(b for b in (10, 12, 14, 16, 32) if brightest < 2**b)
     return Survey(
-        rgb=all(rgb),
+        rgb=kinds == {RGB},
+        gray=kinds == {GRAY},
         bits=8 if widest == 8 else min(widest, needed),
         floats=floats,
         mpp=round(float(np.median(scales)), 4) if scales else None,
@@ -147,7 +172,8 @@ def survey_tiles(
 
 def choose_preprocess(survey: Survey, recipe: DataRecipe) -> Preprocess:
     """Fix the preprocessing by the recipe and, where that leaves it open, by the tiles."""
-    channels = recipe.channels or (RGB if survey.rgb else MARKERS)
+    own = RGB if survey.rgb else GRAY if survey.gray else MARKERS
+    channels = recipe.channels or own
     plain = survey.bits == 8 and not survey.floats
     return Preprocess(
         channels=tuple(channels),
@@ -155,7 +181,7 @@ def choose_preprocess(survey: Survey, recipe: DataRecipe) -> Preprocess:
         tile_dtype="uint8" if plain else "float32",
         tile_bits=survey.bits,
         tile_mpp=survey.mpp,
-        fill_missing=recipe.channel_dropout > 0 and tuple(channels) != RGB,
+        fill_missing=recipe.channel_dropout > 0 and tuple(channels) not in (RGB, GRAY),
         ct_depth=recipe.ct_depth,
         slice_size=recipe.slice_size,
         hu_windows=recipe.hu_windows,
@@ -174,36 +200,43 @@ def load_tiles(
     Raises:
         DatasetError: a tile can't be used, or shows no tissue; the line names it.
     """
-    arrays, hashes = [], []
-    for tile in progress(tiles, "reading tiles"):
-        name = _relative(tile.path, data_dir)
+    stacked = np.empty((len(tiles), *preprocess.tile_shape), dtype=preprocess.tile_dtype)
+    hashes = []
+    for tile, slot in zip(progress(tiles, "reading tiles"), stacked, strict=True):
         found = _read(tile, data_dir)
-        try:
-            pixels, _, _ = match_channels(found, preprocess.channels)
-        except CdtError as error:
-            raise DatasetError(
-                f"{name}: has the channels {', '.join(found.channels)}, the recipe asks for "
-                f"{', '.join(preprocess.channels)}: name those that every tile has with "
-                f"data.channels=[A,B,...]"
-            ) from error
-        try:
-            array = preprocess.tile(pixels, found.bits, name=found.source)
-        except CdtError as error:
-            raise DatasetError(f"{name}: {error}") from error
-        if preprocess.is_blank(array):
-            raise DatasetError(f"{name}: shows no tissue (every channel is flat): leave it out")
-        arrays.append(array)
+        slot[:] = _tile_input(found, preprocess, tile_name(tile, data_dir))
         hashes.append(found.sha256)
     _refuse_twins(tiles, hashes, data_dir)
-    patients = sorted({tile.patient for tile in tiles})
+    of_class = {name: number for number, name in enumerate(classes)}
+    of_patient = {name: i for i, name in enumerate(sorted({tile.patient for tile in tiles}))}
+    splits = [tile.split for tile in tiles if tile.split is not None]
     return TileArrays(
-        tiles=torch.from_numpy(np.stack(arrays)),
-        labels=np.array([classes.index(tile.label) for tile in tiles], dtype=np.int64),
-        groups=np.array([patients.index(tile.patient) for tile in tiles], dtype=np.int64),
+        tiles=torch.from_numpy(stacked),
+        labels=np.array([of_class[tile.label] for tile in tiles], dtype=np.int64),
+        groups=np.array([of_patient[tile.patient] for tile in tiles], dtype=np.int64),
         classes=classes,
-        names=tuple(_relative(tile.path, data_dir) for tile in tiles),
+        names=tuple(tile_name(tile, data_dir) for tile in tiles),
         sha256=tuple(hashes),
+        split=tuple(splits) if len(splits) == len(tiles) else None,
     )
+
+
+def _tile_input(found: Tile, preprocess: Preprocess, name: str) -> NDArray[Any]:
+    try:
+        pixels, _, _ = match_channels(found, preprocess.channels)
+    except CdtError as error:
+        raise DatasetError(
+            f"{name}: has the channels {', '.join(found.channels)}, the recipe asks for "
+            f"{', '.join(preprocess.channels)}: name those that every tile has with "
+            f"data.channels=[A,B,...]"
+        ) from error
+    try:
+        array = preprocess.tile(pixels, found.bits, name=found.source)
+    except CdtError as error:
+        raise DatasetError(f"{name}: {error}") from error
+    if preprocess.is_blank(array):
+        raise DatasetError(f"{name}: shows no tissue (every channel is flat): leave it out")
+    return array
 
 
 def load_ct(
@@ -212,37 +245,99 @@ def load_ct(
     """Read and preprocess every CT series that can be used.
 
     Hospital exports hold scouts and dose pages beside the series, so one that can't be used is left
-    out with a warning.
+    out with a warning. A data set without any CT gives no volumes.
 
     Returns:
-        The volumes, and one warning for each series left out.
+        The volumes, and one warning for each series left out or doubtful.
 
     Raises:
-        DatasetError: none can be used.
+        DatasetError: there are series, and none can be used.
     """
-    volumes, patients, hashes, warnings = [], [], [], []
+    volumes, fine, patients, hashes, warnings = [], [], [], [], []
     for index in progress(range(len(dataset.ct)), "reading CT"):
         series = dataset.ct[index]
-        name = _relative(series.path, data_dir)
+        name = series.name or name_below(series.path, data_dir)
         try:
-            volume = read_series(series.path, min_slices=preprocess.min_slices)
+            volume = _read_volume(series, preprocess.min_slices)
+            small = preprocess.ct(volume)[0]
         except CdtError as error:
-            warnings.append(f"{name}: left out: {error}")
+            reason = str(error).removeprefix(f"{series.path}: ")
+            warnings.append(f"{name}: left out: {reason}")
             continue
-        volumes.append(preprocess.ct(volume)[0])
+        if series.path.suffix == ".npz":
+            warnings += [f"{name}: {note}" for note in volume.warnings]
+        volumes.append(torch.from_numpy(small))
+        fine.append(fine_volume(volume))
         patients.append(series.patient)
         hashes.append(volume.series_hash)
-    if not volumes:
-        raise DatasetError(f"no CT series in ct_data can be used; {warnings[0]}")
-    stacked = torch.from_numpy(np.stack(volumes))
-    return CtArrays(stacked, tuple(patients), tuple(hashes)), tuple(warnings)
+    if dataset.ct and not volumes:
+        raise DatasetError(f"no CT series can be used; {warnings[0]}")
+    stacked = torch.stack(volumes) if volumes else torch.empty((0, *preprocess.ct_shape[1:]))
+    return CtArrays(stacked, tuple(patients), tuple(hashes), tuple(fine)), tuple(warnings)
+
+
+def fine_volume(volume: Volume) -> Tensor:
+    """Resample the middle of a volume to voxels of 2 mm.
+
+    By the same box means (linear where it grows) as the model's own input.
+
+    Returns:
+        `(D, H, W)` int16 HU, -1024 to 3071, at most 200 voxels on an axis. A length is rounded to
+        whole voxels, so that spacing is 2 mm to within half a voxel over the whole axis.
+    """
+    extent = FINE_MM * FINE_VOXELS
+    middle, shape = [], []
+    for length, spacing in zip(volume.hu.shape, volume.spacing_mm, strict=True):
+        kept = min(length, round(extent / spacing))
+        first = (length - kept) // 2
+        middle.append(slice(first, first + kept))
+        shape.append(min(FINE_VOXELS, max(1, round(kept * spacing / FINE_MM))))
+    hu = area_resize(volume.hu[tuple(middle)], tuple(shape))
+    return torch.from_numpy(np.rint(np.clip(hu, *HU_RANGE)).astype(np.int16))
+
+
+def _read_volume(series: CtSeries, min_slices: int) -> Volume:
+    if series.path.suffix == ".npz":
+        return read_npz_volume(series.path, min_slices)
+    return read_series(series.path, min_slices=min_slices)
 
 
 def _read(tile: LabelledTile, data_dir: Path) -> Tile:
+    name = tile_name(tile, data_dir)
+    if tile.pixels is not None:
+        return _from_pixels(tile.pixels, name)
     try:
         return read_tile(tile.path)
     except CdtError as error:
-        raise DatasetError(f"{_relative(tile.path, data_dir)}: {error}") from error
+        raise DatasetError(f"{name}: {error}") from error
+
+
+def _from_pixels(pixels: NDArray[Any], name: str) -> Tile:
+    """A tile as its file would have been read.
+
+    Raises:
+        DatasetError: it is a cube of a volume.
+    """
+    if pixels.ndim != 3:
+        raise DatasetError(
+            f"{name}: is a volume of {' x '.join(map(str, pixels.shape[:-1]))} voxels, and the "
+            "few-shot classifier takes 2D tiles: train a supervised 3D model on it"
+        )
+    return Tile(
+        pixels=pixels,
+        channels=RGB if pixels.shape[-1] == 3 else GRAY,
+        bits=8 * pixels.dtype.itemsize,
+        mpp=None,
+        sha256=pixels_hash(pixels),
+        source=name,
+    )
+
+
+def pixels_hash(pixels: NDArray[Any]) -> str:
+    """Identity of decoded pixels."""
+    digest = hashlib.sha256(f"{pixels.dtype.str} {pixels.shape}".encode())
+    digest.update(np.ascontiguousarray(pixels).data)
+    return digest.hexdigest()
 
 
 def _refuse_twins(tiles: Sequence[LabelledTile], hashes: Sequence[str], data_dir: Path) -> None:
@@ -250,12 +345,8 @@ def _refuse_twins(tiles: Sequence[LabelledTile], hashes: Sequence[str], data_dir
     first: dict[str, LabelledTile] = {}
     for tile, digest in zip(tiles, hashes, strict=True):
         twin = first.setdefault(digest, tile)
-        if twin.patient != tile.patient or twin.label != tile.label:
+        if (twin.patient, twin.label, twin.split) != (tile.patient, tile.label, tile.split):
             raise DatasetError(
-                f"{_relative(tile.path, data_dir)} and {_relative(twin.path, data_dir)} are the "
-                f"same image under two patients (or groups) or labels: keep one"
+                f"{tile_name(tile, data_dir)} and {tile_name(twin, data_dir)} are the same image "
+                f"under two patients (or groups), labels or folds: keep one"
             )
-
-
-def _relative(path: Path, data_dir: Path) -> str:
-    return path.relative_to(data_dir).as_posix()

@@ -11,7 +11,7 @@ from typing import Any
 from cdt_runtime.errors import DatasetError, RecipeError
 from cdt_runtime.preprocess import Preprocess
 from cdt_train.config import Recipe
-from cdt_train.data import DATASETS, TileDataset
+from cdt_train.data import DATASETS, HOLDS, TileDataset
 from cdt_train.data.arrays import (
     CtArrays,
     TileArrays,
@@ -30,7 +30,7 @@ class LoadedData:
 
     Attributes:
         tiles: every tile.
-        ct: every volume that can be used.
+        ct: every volume that can be used; there may be none.
         preprocess: how they were made.
         patients: names of the patients (or groups), by the number that `tiles.groups` gives them.
         info: `dataset_info` of a checkpoint.
@@ -48,21 +48,25 @@ class LoadedData:
         return bool(set(self.ct.patients) & set(self.patients))
 
 
-def read_data(recipe: Recipe, data_dir: Path) -> LoadedData:
-    """Read a data folder in the recipe's layout.
+def read_data(recipe: Recipe, data_dir: Path, ct_dir: Path | None = None) -> LoadedData:
+    """Read a data set in the recipe's layout.
+
+    Args:
+        recipe: of the run.
+        data_dir: the data folder; for csv, medmnist and volumes_npz it may be the file itself.
+        ct_dir: where CT series lie; for the hospital layout, in place of its own `ct_data`.
 
     Raises:
         RecipeError: no such layout.
         CdtError: the data can't be used.
     """
-    if recipe.data.layout not in DATASETS:
+    layout = recipe.data.layout
+    if layout not in DATASETS:
         known = ", ".join(DATASETS)
-        raise RecipeError(f"data.layout: {recipe.data.layout!r}: expected one of {known}")
-    if not data_dir.is_dir():
-        raise DatasetError(
-            f"{data_dir}: no such folder: --data-dir holds ct_data/ and pathology_data/"
-        )
-    dataset = DATASETS[recipe.data.layout](data_dir)
+        raise RecipeError(f"data.layout: {layout!r}: expected one of {known}")
+    if not data_dir.exists():
+        raise DatasetError(f"{data_dir}: no such folder: --data-dir holds {HOLDS[layout]}")
+    dataset = DATASETS[layout](data_dir, ct_dir)
     survey = survey_tiles(dataset.tiles, recipe.data.image_size, data_dir, bar)
     preprocess = choose_preprocess(survey, recipe.data)
     tiles = load_tiles(dataset.tiles, dataset.classes, preprocess, data_dir, bar)
@@ -72,6 +76,7 @@ def read_data(recipe: Recipe, data_dir: Path) -> LoadedData:
         say(f"warning: {warning}")
     patients = tuple(sorted({tile.patient for tile in dataset.tiles}))
     info = _describe(dataset, data_dir, recipe, len(ct)) | {
+        "ct_dir": str(ct_dir.resolve()) if ct_dir else None,
         "warnings": warnings,
         "fingerprint": _fingerprint(tiles, patients, ct),
         "tile_facts": {
@@ -113,4 +118,6 @@ def _fingerprint(tiles: TileArrays, patients: tuple[str, ...], ct: CtArrays) -> 
     groups = [patients[g] for g in tiles.groups]
     rows = sorted(zip(tiles.names, tiles.sha256, tiles.labels.tolist(), groups, strict=True))
     series = sorted(zip(ct.patients, ct.sha256, strict=True))
-    return hashlib.sha256(json.dumps([rows, series]).encode()).hexdigest()
+    splits = sorted(zip(tiles.names, tiles.split, strict=True)) if tiles.split else []
+    content = [rows, series, *([splits] if splits else [])]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
