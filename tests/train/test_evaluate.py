@@ -4,17 +4,19 @@ import numpy as np
 import pytest
 import torch
 
+from cdt_train import evaluate
 from cdt_train.episodes import EpisodeSampler
 from cdt_train.evaluate import (
-    EpisodeScores,
     colour_statistics,
     draw_episodes,
-    expected_calibration_error,
-    fit_temperature,
     metrics,
-    over_folds,
+    noise_ct,
+    noise_embeddings,
+    paired_difference,
+    permuted_labels,
     score_episodes,
-    t_quantile,
+    score_in_contexts,
+    together,
 )
 
 LABELS = np.tile([0, 1], 60)
@@ -47,50 +49,77 @@ def test_shuffled_labels_are_at_chance() -> None:
     assert scores.accuracy == pytest.approx(0.5, abs=0.07)
 
 
+@pytest.mark.parametrize("fit", ["mean", "shrunk", "ridge"])
+def test_permuted_labels_are_at_chance_for_every_fit(fit: str) -> None:
+    drawn = episodes(400)
+    wrong = permuted_labels(drawn, seed=5)
+    assert score_episodes(clusters(0.05), wrong, 5.0, fit).accuracy == pytest.approx(0.5, abs=0.05)
+    assert score_episodes(clusters(0.05), drawn, 5.0, fit).accuracy == 1.0
+    for before, after in zip(drawn, wrong, strict=True):
+        assert np.array_equal(np.sort(after.support_labels), before.support_labels)
+        assert after.query_labels is before.query_labels
+    again = permuted_labels(drawn, seed=5)
+    assert all(
+        np.array_equal(a.support_labels, b.support_labels)
+        for a, b in zip(wrong, again, strict=True)
+    )
+
+
+def test_noise_embeddings_are_at_chance_and_the_same_again() -> None:
+    noise = noise_embeddings(len(LABELS), 16, seed=2)
+    assert np.allclose(np.linalg.norm(noise, axis=1), 1, atol=1e-6)
+    assert score_episodes(noise, episodes(400), 5.0).accuracy == pytest.approx(0.5, abs=0.06)
+    assert np.array_equal(noise, noise_embeddings(len(LABELS), 16, seed=2))
+
+
+def test_noise_in_place_of_a_ct_has_its_range_and_nothing_of_its_form() -> None:
+    ramp = np.linspace(-1, 1, 8 * 32 * 32, dtype=np.float32).reshape(1, 1, 8, 32, 32)
+    noise = noise_ct(ramp, seed=0)
+    assert noise.shape == ramp.shape
+    assert noise.dtype == np.float32
+    assert noise.min() >= -1
+    assert noise.max() <= 1
+    assert noise.mean() == pytest.approx(ramp.mean(), abs=0.03)
+    assert abs(np.corrcoef(noise.ravel(), ramp.ravel())[0, 1]) < 0.05
+
+
+def test_contexts_take_turns_without_changing_the_order() -> None:
+    drawn = episodes(9)
+    good, bad = clusters(0.05), noise_embeddings(len(LABELS), 8, seed=0)
+    mixed = score_in_contexts([good, bad], drawn, 5.0)
+    plain = score_episodes(good, drawn, 5.0)
+    assert np.array_equal(mixed.queries, plain.queries)
+    assert np.array_equal(mixed.accuracies[::2], plain.accuracies[::2])
+    assert np.array_equal(mixed.accuracies[1::2], score_episodes(bad, drawn, 5.0).accuracies[1::2])
+    assert paired_difference(mixed, plain)["mean"] < 0
+
+
+def test_pooled_draws_keep_everything() -> None:
+    first = score_episodes(clusters(0.3), episodes(3), 5.0)
+    pooled = together([first, first])
+    assert np.array_equal(pooled.queries, np.tile(first.queries, 2))
+    assert pooled.accuracy == pytest.approx(first.accuracy)
+    assert pooled.nll == pytest.approx(first.nll)
+    assert len(pooled.logits) == len(pooled.truth) == 2 * len(first.truth)
+    assert pooled.correct.mean() == pytest.approx(first.correct.mean())
+
+
+def test_queries_lead_back_to_their_tiles() -> None:
+    drawn = episodes(5)
+    scores = score_episodes(clusters(0.3), drawn, 5.0)
+    assert np.array_equal(LABELS[scores.queries], scores.truth)
+
+
+def test_the_face_of_evaluation_names_what_it_holds() -> None:
+    assert all(hasattr(evaluate, name) for name in evaluate.__all__)
+
+
 def test_every_metric_of_the_field_is_there_and_right_at_the_ends() -> None:
     found = metrics(score_episodes(clusters(0.05), episodes(), 5.0))
     assert found["episodes"] == 200
     for name in ("accuracy", "balanced_accuracy", "macro_f1", "auc_roc", "cohen_kappa", "mcc"):
         assert found[name] == 1.0
     assert found["accuracy_ci95"] == 0.0
-
-
-def test_more_than_two_classes_have_a_macro_auc() -> None:
-    rng = np.random.default_rng(0)
-    truth = rng.integers(0, 3, 300)
-    logits = np.eye(3)[truth] * 2 + rng.normal(size=(300, 3))
-    found = metrics(EpisodeScores(np.full(10, 0.8), logits, truth))
-    assert 0.7 < found["auc_roc"] < 1
-
-
-def test_the_interval_over_episodes_is_the_standard_one() -> None:
-    accuracies = np.array([0.8, 1.0, 0.6, 0.8])
-    scores = EpisodeScores(accuracies, np.array([[1.0, 0.0], [0.0, 1.0]]), np.array([0, 1]))
-    assert metrics(scores)["accuracy_ci95"] == pytest.approx(1.96 * np.std(accuracies, ddof=1) / 2)
-
-
-def test_temperature_repairs_overconfidence() -> None:
-    rng = np.random.default_rng(0)
-    true_logits = rng.normal(size=(4000, 2)) * 1.5
-    chances = np.exp(true_logits) / np.exp(true_logits).sum(axis=1, keepdims=True)
-    truth = (rng.random(4000) < chances[:, 1]).astype(np.int64)
-    scores = EpisodeScores(np.array([0.5, 0.5]), true_logits * 4, truth)
-    assert fit_temperature(scores) == pytest.approx(4, rel=0.15)
-    assert metrics(scores, 4.0)["ece"] < 0.03 < metrics(scores)["ece"]
-
-
-def test_calibration_error_by_hand() -> None:
-    chances = np.array([[0.9, 0.1], [0.9, 0.1], [0.4, 0.6], [0.4, 0.6]])
-    assert expected_calibration_error(chances, np.array([0, 1, 1, 1])) == pytest.approx(0.4)
-
-
-def test_folds_give_a_t_interval() -> None:
-    found = over_folds([0.8, 0.9, 1.0])
-    assert found["mean"] == pytest.approx(0.9)
-    assert found["std"] == pytest.approx(0.1)
-    assert found["ci95"] == pytest.approx(4.3027 * 0.1 / 3**0.5, rel=1e-4)
-    assert over_folds([0.7])["ci95"] == 0.0
-    assert t_quantile(0) == 0.0
 
 
 def test_colour_statistics_see_colour_and_not_place() -> None:

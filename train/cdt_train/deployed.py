@@ -1,0 +1,90 @@
+"""The same evaluation from what is deployed: embeddings by an exported bundle, without PyTorch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cdt_runtime.backends import Session, open_session
+from cdt_runtime.bundle import Bundle
+from cdt_runtime.classifier import FewShotClassifier
+from cdt_runtime.errors import BundleError
+from cdt_train.scores import Floats
+
+PARTS = ("ct_encoder", "path_encoder", "bridge")
+
+
+def embed_with_bundle(
+    bundle_dir: str | os.PathLike[str],
+    tiles: NDArray[Any],
+    ct: Floats | None,
+    *,
+    backend: str = "onnxruntime",
+) -> Floats:
+    """Embed preprocessed tiles as the deployed classifier embeds them, in batches of its size.
+
+    `score_episodes` of these gives the table of what is shipped, on the same episodes.
+
+    Args:
+        bundle_dir: folder of the bundle.
+        tiles: `(n, M, S, S)`, of the type and size that the bundle's preprocessing gives.
+        ct: `(1, W, D, S, S)` or None.
+        backend: key of `cdt_runtime.backends.BACKENDS`.
+
+    Returns:
+        `(n, E)` float32 unit vectors.
+
+    Raises:
+        BundleError: the folder is no bundle, or takes other tiles or another CT.
+        BackendError: the engine can't run here.
+    """
+    bundle = Bundle.open(bundle_dir)
+    _require_inputs(bundle, tiles, ct)
+    sessions = {name: open_session(backend, bundle.read(f"{name}.onnx")) for name in PARTS}
+    context = _context(bundle, sessions["ct_encoder"], ct)
+    size = FewShotClassifier.batch_size
+    parts = [
+        _embed(sessions, tiles[start : start + size], context)
+        for start in range(0, len(tiles), size)
+    ]
+    return np.concatenate(parts)
+
+
+def _embed(
+    sessions: Mapping[str, Session], tiles: NDArray[Any], context: Mapping[str, Floats]
+) -> Floats:
+    tokens = sessions["path_encoder"].run({"tile": np.ascontiguousarray(tiles)})
+    embedded: Floats = sessions["bridge"].run({**tokens, **context})["embedding"]
+    return embedded
+
+
+def _context(bundle: Bundle, encoder: Session, ct: Floats | None) -> dict[str, Floats]:
+    if ct is None:
+        shape = bundle.manifest["graphs"]["ct_encoder"]["outputs"]["ct_tokens"]["shape"]
+        return {"ct_tokens": np.zeros(shape, np.float32), "ct_present": np.zeros(1, np.float32)}
+    return {**encoder.run({"ct": ct}), "ct_present": np.ones(1, np.float32)}
+
+
+def _require_inputs(bundle: Bundle, tiles: NDArray[Any], ct: Floats | None) -> None:
+    """Refuse what the graphs would refuse, in words.
+
+    Raises:
+        BundleError: naming the shapes.
+    """
+    preprocess = bundle.preprocess
+    if len(tiles) == 0:
+        raise BundleError(f"{bundle.path.name}: no tile to embed: give at least one")
+    if tiles.shape[1:] != preprocess.tile_shape or tiles.dtype != preprocess.tile_dtype:
+        raise BundleError(
+            f"{bundle.path.name}: takes tiles of {preprocess.tile_shape} {preprocess.tile_dtype}, "
+            f"found {tiles.shape[1:]} {tiles.dtype}: preprocess them as the bundle does"
+        )
+    if ct is not None and ct.shape != preprocess.ct_shape:
+        raise BundleError(
+            f"{bundle.path.name}: takes a CT of {preprocess.ct_shape}, found {ct.shape}: "
+            f"preprocess it as the bundle does"
+        )
