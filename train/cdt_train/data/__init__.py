@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Protocol
 
+from cdt_runtime.errors import DatasetError, RecipeError
 from cdt_train.data.csv_folds import read_csv
 from cdt_train.data.dataset import CtSeries, LabelledTile, TileDataset
 from cdt_train.data.hospital import read_hospital
@@ -44,6 +45,37 @@ HOLDS = {
 }
 """What `--data-dir` holds in each layout, in a few words."""
 
+
+def read_dataset(layout: str, data_dir: Path, ct_dir: Path | None = None) -> TileDataset:
+    """List a data set by the name of its layout.
+
+    Args:
+        layout: Key of `DATASETS`.
+        data_dir: The data folder; for csv, medmnist and volumes_npz it may be the file itself.
+        ct_dir: Where CT series lie; for the hospital layout, in place of its own `ct_data`.
+
+    Raises:
+        RecipeError: There is no such layout.
+        DatasetError: There is no such folder, or what it holds can't be used.
+    """
+    require_layout(layout, data_dir)
+    return DATASETS[layout](data_dir, ct_dir)
+
+
+def require_layout(layout: str, data_dir: Path) -> None:
+    """Refuse an unknown layout and a missing folder.
+
+    Raises:
+        RecipeError: There is no such layout.
+        DatasetError: There is no such folder.
+    """
+    if layout not in DATASETS:
+        known = ", ".join(DATASETS)
+        raise RecipeError(f"data.layout: {layout!r}: expected one of {known}")
+    if not data_dir.exists():
+        raise DatasetError(f"{data_dir}: no such folder: --data-dir holds {HOLDS[layout]}")
+
+
 __all__ = [
     "DATASETS",
     "HOLDS",
@@ -52,8 +84,10 @@ __all__ = [
     "Layout",
     "TileDataset",
     "read_csv",
+    "read_dataset",
     "read_hospital",
     "read_image_folders",
     "read_medmnist",
     "read_volumes_npz",
+    "require_layout",
 ]

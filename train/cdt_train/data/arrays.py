@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +20,7 @@ from cdt_runtime.preprocess import Preprocess, area_resize
 from cdt_runtime.tile import Tile, match_channels, read_tile
 from cdt_train.config import DataRecipe
 from cdt_train.data.dataset import CtSeries, LabelledTile, TileDataset, name_below, tile_name
+from cdt_train.data.npz import pixels_hash
 from cdt_train.data.npz_volume import read_npz_volume
 
 T = TypeVar("T")
@@ -120,6 +120,7 @@ class Survey:
         gray: whether all are gray.
         bits: significant bits that their samples need, by the brightest of all; 8 for bytes.
         floats: whether any has floating-point samples.
+        shapes: height and width of each kind of tile, ascending.
         mpp: median microns a pixel of the tile input, or None where no tile says.
         warnings: what their reader had to say, each once, with the number of tiles.
     """
@@ -128,6 +129,7 @@ class Survey:
     gray: bool
     bits: int
     floats: bool
+    shapes: tuple[tuple[int, int], ...]
     mpp: float | None
     warnings: tuple[str, ...]
 
@@ -143,11 +145,12 @@ def survey_tiles(
     Raises:
         DatasetError: a tile can't be read; the line names it.
     """
-    brightest, widest, floats, kinds = 0.0, 8, False, set()
+    brightest, widest, floats, kinds, shapes = 0.0, 8, False, set(), set()
     scales, notes = [], Counter[str]()
     for tile in progress(tiles, "surveying tiles"):
         found = _read(tile, data_dir)
         kinds.add(found.channels)
+        shapes.add((found.pixels.shape[0], found.pixels.shape[1]))
         if np.issubdtype(found.pixels.dtype, np.floating):
             floats = True
         else:
@@ -165,6 +168,7 @@ def survey_tiles(
         gray=kinds == {GRAY},
         bits=8 if widest == 8 else min(widest, needed),
         floats=floats,
+        shapes=tuple(sorted(shapes)),
         mpp=round(float(np.median(scales)), 4) if scales else None,
         warnings=tuple(f"{count} tiles: {note}" for note, count in sorted(notes.items())),
     )
@@ -194,8 +198,18 @@ def load_tiles(
     preprocess: Preprocess,
     data_dir: Path,
     progress: Progress[LabelledTile],
+    *,
+    keep_blank: bool = False,
 ) -> TileArrays:
     """Read and preprocess tiles.
+
+    Args:
+        tiles: of one data set.
+        classes: its classes.
+        preprocess: as `choose_preprocess` gave it.
+        data_dir: that the tiles are named below.
+        progress: shows a bar.
+        keep_blank: take tiles that show no tissue, on which a deployed classifier abstains.
 
     Raises:
         DatasetError: a tile can't be used, or shows no tissue; the line names it.
@@ -204,7 +218,10 @@ def load_tiles(
     hashes = []
     for tile, slot in zip(progress(tiles, "reading tiles"), stacked, strict=True):
         found = _read(tile, data_dir)
-        slot[:] = _tile_input(found, preprocess, tile_name(tile, data_dir))
+        name = tile_name(tile, data_dir)
+        slot[:] = _tile_input(found, preprocess, name)
+        if not keep_blank and preprocess.is_blank(slot):
+            raise DatasetError(f"{name}: shows no tissue (every channel is flat): leave it out")
         hashes.append(found.sha256)
     _refuse_twins(tiles, hashes, data_dir)
     of_class = {name: number for number, name in enumerate(classes)}
@@ -231,12 +248,9 @@ def _tile_input(found: Tile, preprocess: Preprocess, name: str) -> NDArray[Any]:
             f"data.channels=[A,B,...]"
         ) from error
     try:
-        array = preprocess.tile(pixels, found.bits, name=found.source)
+        return preprocess.tile(pixels, found.bits, name=found.source)
     except CdtError as error:
         raise DatasetError(f"{name}: {error}") from error
-    if preprocess.is_blank(array):
-        raise DatasetError(f"{name}: shows no tissue (every channel is flat): leave it out")
-    return array
 
 
 def load_ct(
@@ -331,13 +345,6 @@ def _from_pixels(pixels: NDArray[Any], name: str) -> Tile:
         sha256=pixels_hash(pixels),
         source=name,
     )
-
-
-def pixels_hash(pixels: NDArray[Any]) -> str:
-    """Identity of decoded pixels."""
-    digest = hashlib.sha256(f"{pixels.dtype.str} {pixels.shape}".encode())
-    digest.update(np.ascontiguousarray(pixels).data)
-    return digest.hexdigest()
 
 
 def _refuse_twins(tiles: Sequence[LabelledTile], hashes: Sequence[str], data_dir: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from cdt_runtime.errors import DatasetError
 from cdt_train.data.ct_search import find_ct
-from cdt_train.data.dataset import CtSeries, GroupedBy, LabelledTile, TileDataset
+from cdt_train.data.dataset import GroupedBy, LabelledTile, TileDataset
 
 SIDES = ("train", "val", "test")
 
@@ -34,15 +34,16 @@ def assemble(
         classes: In the data set's own order; else sorted.
 
     Raises:
-        DatasetError: there is one class only, a group is parted by folds, or there is no CT in
-            `ct_dir`.
+        DatasetError: there is one class only, a group is parted by folds, train lacks a class, or
+            there is no CT in `ct_dir`.
     """
     classes = tuple(classes) or tuple(sorted({tile.label for tile in tiles}))
     require_classes(classes, source)
     _refuse_parted(tiles, grouped_by, source)
     _refuse_odd_splits(tiles, source)
+    _refuse_untrained(tiles, source)
     ct, ct_warnings = find_ct(ct_dir) if ct_dir is not None else ([], [])
-    notes = [*warnings, *look_alikes(classes), *split_notes(tiles, source), *ct_warnings]
+    notes = [*warnings, *look_alikes(classes), *ct_warnings]
     return TileDataset(tuple(tiles), tuple(ct), tuple(classes), grouped_by, tuple(notes))
 
 
@@ -65,17 +66,6 @@ def look_alikes(classes: Sequence[str]) -> list[str]:
         if first != label:
             warnings.append(f"labels '{first}' and '{label}' are two classes: is that meant?")
     return warnings
-
-
-def split_notes(tiles: Sequence[LabelledTile], source: Path) -> list[str]:
-    """What results should say about a split that lacks a side."""
-    sides = {tile.split for tile in tiles}
-    if sides == {"train", "val"}:
-        return [
-            f"{source} has no test split: its val split is the test side here, and validation "
-            "tiles are drawn from train"
-        ]
-    return []
 
 
 def _refuse_parted(tiles: Sequence[LabelledTile], grouped_by: GroupedBy, source: Path) -> None:
@@ -114,4 +104,10 @@ def _refuse_odd_splits(tiles: Sequence[LabelledTile], source: Path) -> None:
         raise DatasetError(f"{source}: no tile is in train, only in {' and '.join(named)}: add it")
 
 
-__all__ = ["SIDES", "CtSeries", "assemble", "look_alikes", "require_classes", "split_notes"]
+def _refuse_untrained(tiles: Sequence[LabelledTile], source: Path) -> None:
+    trained = {tile.label for tile in tiles if tile.split == "train"}
+    for tile in tiles:
+        if tile.split in SIDES and tile.label not in trained:
+            raise DatasetError(
+                f"{source}: class '{tile.label}' is in {tile.split} and not in train: add it there"
+            )

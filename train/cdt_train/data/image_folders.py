@@ -8,7 +8,6 @@ In a class folder, sub-folders are patients: `CLASS/PATIENT/*.jpeg`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,8 +28,8 @@ def read_image_folders(data_dir: Path, ct_dir: Path | None = None) -> TileDatase
         ct_dir: Where CT series lie, if any.
 
     Raises:
-        DatasetError: there are no class folders, one is empty or named as patients are, or a split
-            has a class that train lacks.
+        DatasetError: there are no class folders, one is empty, they are named as patients are,
+            or a split has a class that train lacks.
     """
     if not data_dir.is_dir():
         raise DatasetError(f"{data_dir} is not a folder: CLASS/ or train/CLASS/ is expected there")
@@ -42,7 +41,6 @@ def read_image_folders(data_dir: Path, ct_dir: Path | None = None) -> TileDatase
             for side, folder in splits.items()
             for tile in _tiles(folder, data_dir)
         ]
-        _refuse_untrained(tiles, data_dir)
     else:
         tiles = _tiles(data_dir, data_dir)
     by = grouping_of(tiles)
@@ -93,12 +91,3 @@ def _tiles(top: Path, root: Path) -> list[LabelledTile]:
             )
         tiles += found
     return tiles
-
-
-def _refuse_untrained(tiles: list[LabelledTile], root: Path) -> None:
-    trained = {tile.label for tile in tiles if tile.split in ("train", None)}
-    stranger: Mapping[str, str | None] = {
-        tile.label: tile.split for tile in tiles if tile.label not in trained
-    }
-    for label, side in stranger.items():
-        raise DatasetError(f"{root}: class '{label}' is in {side}/ and not in train/: add it there")

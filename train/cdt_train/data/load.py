@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cdt_runtime.errors import DatasetError, RecipeError
 from cdt_runtime.preprocess import Preprocess
 from cdt_train.config import Recipe
-from cdt_train.data import DATASETS, HOLDS, TileDataset
+from cdt_train.data import TileDataset, read_dataset
 from cdt_train.data.arrays import (
     CtArrays,
     TileArrays,
@@ -60,18 +59,12 @@ def read_data(recipe: Recipe, data_dir: Path, ct_dir: Path | None = None) -> Loa
         RecipeError: no such layout.
         CdtError: the data can't be used.
     """
-    layout = recipe.data.layout
-    if layout not in DATASETS:
-        known = ", ".join(DATASETS)
-        raise RecipeError(f"data.layout: {layout!r}: expected one of {known}")
-    if not data_dir.exists():
-        raise DatasetError(f"{data_dir}: no such folder: --data-dir holds {HOLDS[layout]}")
-    dataset = DATASETS[layout](data_dir, ct_dir)
+    dataset = read_dataset(recipe.data.layout, data_dir, ct_dir)
     survey = survey_tiles(dataset.tiles, recipe.data.image_size, data_dir, bar)
     preprocess = choose_preprocess(survey, recipe.data)
     tiles = load_tiles(dataset.tiles, dataset.classes, preprocess, data_dir, bar)
     ct, left_out = load_ct(dataset, preprocess, data_dir, bar)
-    warnings = [*dataset.warnings, *survey.warnings, *left_out]
+    warnings = [*dataset.warnings, *_split_notes(dataset), *survey.warnings, *left_out]
     for warning in warnings:
         say(f"warning: {warning}")
     patients = tuple(sorted({tile.patient for tile in dataset.tiles}))
@@ -85,6 +78,16 @@ def read_data(recipe: Recipe, data_dir: Path, ct_dir: Path | None = None) -> Loa
         },
     }
     return LoadedData(tiles, ct, preprocess, patients, info)
+
+
+def _split_notes(dataset: TileDataset) -> list[str]:
+    """What results must say about a split that lacks a side."""
+    if {tile.split for tile in dataset.tiles} != {"train", "val"}:
+        return []
+    return [
+        "the data set has no test split: its val split is the test side, and validation tiles are "
+        "drawn from train"
+    ]
 
 
 def _describe(

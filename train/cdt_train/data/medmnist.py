@@ -20,12 +20,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cdt_runtime.errors import DatasetError
+from cdt_runtime.printable import counted
 from cdt_train.data.assemble import SIDES, assemble, require_classes
 from cdt_train.data.csv_folds import BY_FOLD
 from cdt_train.data.csv_rows import BY_TILE
 from cdt_train.data.dataset import LabelledTile, TileDataset
 from cdt_train.data.npz import (
     Header,
+    pixels_hash,
     read_arrays,
     read_headers,
     require_array,
@@ -45,12 +47,15 @@ class Medmnist:
         images: For each split, `(n, H, W, C)` or `(n, D, H, W, C)`.
         labels: For each split, `(n,)` class numbers, or `(n, L)` of 0 and 1.
         classes: Their names.
+        first_twin: For each image of a split, the index of the first that is the same: its own,
+            or an earlier one.
     """
 
     path: Path
     images: Mapping[str, NDArray[Any]]
     labels: Mapping[str, NDArray[np.int64]]
     classes: tuple[str, ...]
+    first_twin: Mapping[str, tuple[int, ...]]
 
     @property
     def multilabel(self) -> bool:
@@ -61,7 +66,9 @@ class Medmnist:
     def warnings(self) -> list[str]:
         """What the format can't tell."""
         text = BY_FOLD if len(self.images) > 1 else BY_TILE
-        return [text.format(source=self.path)]
+        copies = sum(i != twin for part in self.first_twin.values() for i, twin in enumerate(part))
+        note = f"{self.path}: {counted(copies, 'image')} the same as an earlier one: kept together"
+        return [text.format(source=self.path), *([note] if copies else [])]
 
 
 def read_medmnist(data_dir: Path, ct_dir: Path | None = None) -> TileDataset:
@@ -84,7 +91,7 @@ def read_medmnist(data_dir: Path, ct_dir: Path | None = None) -> TileDataset:
         LabelledTile(
             path=found.path,
             label=found.classes[label],
-            patient=f"{side}_images[{index}]",
+            patient=f"{side}_images[{found.first_twin[side][index]}]",
             split=side if len(found.images) > 1 else None,
             pixels=found.images[side][index],
             name=f"{side}_images[{index}]",
@@ -120,7 +127,32 @@ def load_medmnist(data_dir: Path) -> Medmnist:
     labels = {side: _labels(arrays[f"{side}_labels"]) for side in sides}
     classes = _classes(path, labels, arrays.get("label_names"))
     _check_labels(path, labels, classes)
-    return Medmnist(path, images, labels, classes)
+    return Medmnist(path, images, labels, classes, _twins(path, images, labels))
+
+
+def _twins(
+    path: Path, images: Mapping[str, NDArray[Any]], labels: Mapping[str, NDArray[np.int64]]
+) -> dict[str, tuple[int, ...]]:
+    """The first of each set of images that are the same.
+
+    Raises:
+        DatasetError: two of them are in two splits, or have other labels.
+    """
+    first: dict[str, tuple[str, int]] = {}
+    twins: dict[str, tuple[int, ...]] = {}
+    for side, part in images.items():
+        own = []
+        for index, image in enumerate(part):
+            its_side, its_index = first.setdefault(pixels_hash(image), (side, index))
+            same_label = np.array_equal(labels[side][index], labels[its_side][its_index])
+            if its_side != side or not same_label:
+                raise DatasetError(
+                    f"{path}: {side}_images[{index}] and {its_side}_images[{its_index}] are the "
+                    "same image in two splits, or under two labels: keep one"
+                )
+            own.append(its_index)
+        twins[side] = tuple(own)
+    return twins
 
 
 def _file(data_dir: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import tokenize
 import zipfile
@@ -126,6 +127,13 @@ def require_finite(path: Path, name: str, array: NDArray[Any]) -> None:
                 f"{path}: array '{name}' has NaN or infinity at index {index}: leave it out, or "
                 "fill it"
             )
+
+
+def pixels_hash(pixels: NDArray[Any]) -> str:
+    """Identity of decoded pixels."""
+    digest = hashlib.sha256(f"{pixels.dtype.str} {pixels.shape}".encode())
+    digest.update(np.ascontiguousarray(pixels).data)
+    return digest.hexdigest()
 
 
 def _check_size(path: Path, headers: Mapping[str, Header]) -> None:
