@@ -178,11 +178,12 @@ def _table(report: Report, k: str) -> str:
     titles = [COLUMNS[name] for name in names]
     groups = {row: cells[k] for row, cells in report.get("groups", {}).items() if k in cells}
     if groups:
-        titles.append(f"accuracy, 95 % over {report['grouped_by']}s")
+        titles.insert(1, f"accuracy, 95 % over {report['grouped_by']}s")
     lines = []
     for row, cells in rows.items():
         parts = [_cell(cells.get(name), folds) for name in names]
-        parts += [_range(groups.get(row))] if groups else []
+        if groups:
+            parts.insert(1, _range(groups.get(row)))
         lines.append((report["rows"].get(row, row), parts))
     caption = (
         f"{len(report['classes'])}-way {k}-shot, {report['episodes']} episodes a fold: "
