@@ -6,6 +6,7 @@ One process is started plainly, several by `torchrun --nproc-per-node 2 -m cdt_t
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -113,7 +114,10 @@ class Engine:
 
     def prepare(self, module: nn.Module) -> nn.Module:
         """Wrap a module for its precision and, with several processes, for shared gradients."""
-        prepared: nn.Module = self.accelerator.prepare_model(module)
+        with warnings.catch_warnings():
+            # Its successor is not in the older versions of torch that run here too.
+            warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
+            prepared: nn.Module = self.accelerator.prepare_model(module)
         return prepared
 
     def sharing(self, module: nn.Module, last: bool) -> AbstractContextManager[Any]:

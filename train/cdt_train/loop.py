@@ -12,7 +12,6 @@ import re
 import signal
 import threading
 import time
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -373,7 +372,7 @@ def _mean_by_name(parts: list[dict[str, list[float]]]) -> dict[str, float]:
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Let SIGTERM interrupt as Ctrl-C does, and keep torch's remarks on its own set-up quiet."""
+    """Let SIGTERM interrupt as Ctrl-C does."""
     ours = (
         threading.current_thread() is threading.main_thread()
         and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
@@ -385,10 +384,7 @@ def _interruptible() -> Iterator[None]:
     if ours:
         signal.signal(signal.SIGTERM, interrupt)
     try:
-        with warnings.catch_warnings():
-            # Unused parts differ from step to step: an episode without CT leaves its encoder out.
-            warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
-            yield
+        yield
     finally:
         if ours:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
