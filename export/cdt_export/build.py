@@ -26,8 +26,9 @@ from cdt_runtime.preprocess import Preprocess
 from cdt_runtime.prototypes import Prototypes
 from cdt_train.checkpoint import load_checkpoint, load_weights
 from cdt_train.config import Recipe, recipe_from
-from cdt_train.data import DATASETS
+from cdt_train.data import read_dataset
 from cdt_train.data.arrays import TileArrays, load_ct, load_tiles
+from cdt_train.data.dataset import tile_name
 from cdt_train.fold import model_of
 from cdt_train.models.transfer_model import TransferModel
 from cdt_train.progress import bar
@@ -162,12 +163,13 @@ def read_tiles(trained: Trained, data_dir: Path | None) -> tuple[TileArrays, Hel
         DatasetError: the data has moved or changed.
     """
     folder = data_dir or Path(trained.info["data_dir"])
-    if not folder.is_dir():
+    if not folder.exists():
         raise DatasetError(
             f"training data not found at {folder}: give --data-dir: prototypes are made from it"
         )
-    dataset = DATASETS[trained.info["layout"]](folder)
-    by_name = {tile.path.relative_to(folder).as_posix(): tile for tile in dataset.tiles}
+    ct_dir = trained.info.get("ct_dir")
+    dataset = read_dataset(trained.info["layout"], folder, Path(ct_dir) if ct_dir else None)
+    by_name = {tile_name(tile, folder): tile for tile in dataset.tiles}
     split = trained.info["split"]
     facts = trained.info["tile_facts"]
     absent = [
@@ -196,7 +198,8 @@ def read_tiles(trained: Trained, data_dir: Path | None) -> tuple[TileArrays, Hel
     chosen = rng.permutation(sorted(split["test"]))[:MAX_HELD_OUT].tolist()
     test = load(chosen)
     ct, _ = load_ct(replace(dataset, ct=dataset.ct[:8]), trained.preprocess, folder, bar)
-    return known, HeldOut(known.tiles, known.labels, test.tiles, test.labels, ct.volumes[:1])
+    volume = ct.volumes[:1] if len(ct) else torch.zeros(trained.preprocess.ct_shape)
+    return known, HeldOut(known.tiles, known.labels, test.tiles, test.labels, volume)
 
 
 def _spread_support(

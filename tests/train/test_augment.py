@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from cdt_train.augment import augment_tiles, paired_views
+from cdt_train.augment import TileAugmentation, paired_views
 
 TILES = torch.randint(
     0, 256, (6, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
@@ -14,8 +14,14 @@ def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def augmented(tiles: torch.Tensor, seed: int, **options: float) -> torch.Tensor:
+    given: dict[str, float] = {"channel_dropout": 0.5, **options}
+    change = TileAugmentation(size=tiles.shape[-1], min_crop=0.6, rgb=False, **given)
+    return change(tiles, seeded(seed))
+
+
 def test_tiles_stay_in_range_and_hang_on_the_seed() -> None:
-    first, again, other = (augment_tiles(TILES, 0.5, seeded(s)) for s in (1, 1, 2))
+    first, again, other = (augmented(TILES, s) for s in (1, 1, 2))
     assert first.shape == TILES.shape
     assert first.dtype == torch.float32
     assert first.min() >= 0
@@ -26,23 +32,23 @@ def test_tiles_stay_in_range_and_hang_on_the_seed() -> None:
 
 def test_channel_dropout_hides_whole_channels_one_a_tile() -> None:
     full = torch.full((200, 3, 8, 8), 255, dtype=torch.uint8)
-    hidden = augment_tiles(full, 0.5, seeded(0)).amax(dim=(2, 3)) == 0
+    hidden = augmented(full, 0).amax(dim=(2, 3)) == 0
     assert hidden.sum(dim=1).max() == 1
     assert 60 < hidden.any(dim=1).sum() < 140
-    assert not (augment_tiles(full, 0.0, seeded(0)).amax(dim=(2, 3)) == 0).any()
+    assert not (augmented(full, 0, channel_dropout=0.0).amax(dim=(2, 3)) == 0).any()
 
 
 def test_both_views_show_the_same_place() -> None:
     where = torch.linspace(-1, 1, 8)[None, None, :, None, None].expand(3, 1, 8, 32, 32)
-    views = paired_views(where.contiguous(), seeded(3))
+    views, _ = paired_views(where.contiguous(), seeded(3))
     assert views.shape == (6, 1, 8, 16, 16)
     means = views.mean(dim=(1, 2, 3, 4))
     assert (means[:3] - means[3:]).abs().max() < 0.35
-    assert torch.equal(views, paired_views(where.contiguous(), seeded(3)))
+    assert torch.equal(views, paired_views(where.contiguous(), seeded(3))[0])
 
 
 def test_views_of_a_pair_differ() -> None:
-    views = paired_views(VOLUMES, seeded(0))
+    views, _ = paired_views(VOLUMES, seeded(0))
     assert not torch.equal(views[:3], views[3:])
     assert views.min() >= -1
     assert views.max() <= 1

@@ -4,17 +4,22 @@ import pytest
 import torch
 
 from cdt_train.encoders.conv3d import CtEncoder
-from cdt_train.ssl import ContrastivePhase, contrast
+from cdt_train.ssl import CtPhase, contrast
 
 
-def phase(volumes: torch.Tensor) -> tuple[ContrastivePhase, CtEncoder]:
+def phase(volumes: torch.Tensor) -> tuple[CtPhase, CtEncoder]:
     torch.manual_seed(0)
     encoder = CtEncoder(1, (8, 8, 16, 16), 32)
-    made = ContrastivePhase(
+    fine = [(volume[0, 0].clamp(-1, 1) * 1000).to(torch.int16) for volume in volumes.split(1)]
+    made = CtPhase(
         encoder,
         volumes,
+        fine,
+        windows=((-1000.0, 1000.0),),
         batch_size=8,
         temperature=0.2,
+        contrast_weight=0.5,
+        position_weight=1.0,
         seed=0,
         device=torch.device("cpu"),
     )
@@ -31,10 +36,11 @@ def test_the_contrast_is_small_for_matching_views_alone() -> None:
     assert accuracy == 0
 
 
-def test_gradients_reach_every_weight_of_the_encoder() -> None:
+@pytest.mark.parametrize("index", [0, 1])  # cubes, then views of whole volumes
+def test_gradients_reach_every_weight_of_the_encoder(index: int) -> None:
     volumes = torch.rand(4, 1, 8, 64, 64) * 2 - 1
     made, encoder = phase(volumes)
-    made.step(0, 0.0)["loss"].backward()
+    made.step(index, 0.0)["loss"].backward()
     assert all(p.grad is not None for p in encoder.parameters())
     assert sum(
         float(p.grad.abs().sum()) > 0 for p in encoder.parameters() if p.grad is not None

@@ -2,36 +2,79 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Generator, Tensor
 from torch.nn import functional
 
 from cdt_train.encoders.conv2d import unit_scale
 
+HEADROOM = 0.8
+"""Side of the cut square, as a share, at which a shrunk tile is neither blown up nor reduced."""
 
-def augment_tiles(tiles: Tensor, channel_dropout: float, generator: Generator) -> Tensor:
-    """Flip, turn, zoom and re-stain tiles, each on its own.
 
-    Args:
-        tiles: `(B, M, S, S)`, uint8 in 0 to 255 or float in 0 to 1.
+@dataclass(frozen=True)
+class TileAugmentation:
+    """Cut, turn, re-stain and blur tiles, each on its own.
+
+    Attributes:
+        size: side of what comes out.
+        min_crop: least side of the random square, as a share of the tile's.
+        rgb: bright-field tiles, whose stains absorb; else fluorescence, whose channels shine.
+        stain_jitter: most relative change of an absorbing stain's optical density.
         channel_dropout: chance that one channel of a tile goes missing.
-        generator: source of every random number.
-
-    Returns:
-        `(B, M, S, S)` float32, 0 to 1.
+        blur: chance of a slight blur.
     """
-    unit = unit_scale(tiles)
-    count, channels = unit.shape[:2]
-    moved = _turned(_zoomed(unit, generator), generator)
-    gain = torch.exp(0.2 * torch.randn(count, channels, 1, 1, generator=generator))
-    offset = 0.01 * torch.randn(count, channels, 1, 1, generator=generator)
-    stained = (moved * gain + offset).clamp(0.0, 1.0)
-    if channel_dropout > 0:
-        stained = stained * _one_missing(count, channels, channel_dropout, generator)
-    return stained
+
+    size: int
+    min_crop: float
+    rgb: bool
+    stain_jitter: float = 0.3
+    channel_dropout: float = 0.0
+    blur: float = 0.0
+
+    def shrink(self, tiles: Tensor) -> Tensor:
+        """Reduce tiles `(n, M, S, S)` once to a little more than `size`, without aliasing."""
+        side = round(self.size / HEADROOM)
+        if side >= tiles.shape[-1]:
+            return tiles
+        parts = [_reduced(part, side) for part in torch.split(tiles, 64)]
+        return torch.cat(parts)
+
+    def __call__(self, tiles: Tensor, generator: Generator) -> Tensor:
+        """Transform a batch.
+
+        Args:
+            tiles: `(B, M, S, S)` of `shrink`, uint8 in 0 to 255 or float in 0 to 1.
+            generator: source of every random number.
+
+        Returns:
+            `(B, M, size, size)` float32, 0 to 1.
+        """
+        moved = _placed(unit_scale(tiles), self.size, self.min_crop, generator)
+        stain = self._absorbing if self.rgb else _shining
+        changed = stain(moved, generator).clamp(0.0, 1.0)
+        if self.blur > 0:
+            changed = _blurred(changed, self.blur, generator)
+        if self.channel_dropout > 0:
+            count, channels = changed.shape[:2]
+            changed = changed * _one_missing(count, channels, self.channel_dropout, generator)
+        return changed
+
+    def _absorbing(self, tiles: Tensor, generator: Generator) -> Tensor:
+        """Change optical densities, each channel's and all together, then the contrast."""
+        count, channels = tiles.shape[:2]
+        density = -torch.log(tiles.clamp_min(1.0 / 255.0))
+        for shape in ((count, channels, 1, 1), (count, 1, 1, 1)):
+            density = density * (1 + self.stain_jitter * _symmetric(shape, generator))
+        stained = torch.exp(-density)
+        middle = stained.mean(dim=(1, 2, 3), keepdim=True)
+        contrast = 1 + 0.2 * _symmetric((count, 1, 1, 1), generator)
+        return (stained - middle) * contrast + middle
 
 
-def paired_views(volumes: Tensor, generator: Generator) -> Tensor:
+def paired_views(volumes: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
     """Cut one random sub-volume of each volume and show it twice, changed each time.
 
     Where the sub-volume lies is what the two views share: the box moves and grows a little between
@@ -44,6 +87,8 @@ def paired_views(volumes: Tensor, generator: Generator) -> Tensor:
 
     Returns:
         `(2 B, W, D, S / 2, S / 2)` float32, -1 to 1; rows i and B + i are views of one sub-volume.
+        And `(2 B, 3)`, where the middle of each lies: distance from the middle of the volume along
+        x, then y and z, in halves of the volume's size.
     """
     count, windows, depth, height, width = volumes.shape
     zoom = (0.4 + 0.3 * torch.rand(count, 3, generator=generator)).repeat(2, 1)
@@ -58,34 +103,59 @@ def paired_views(volumes: Tensor, generator: Generator) -> Tensor:
     grid = functional.affine_grid(theta, small, align_corners=False)
     pairs = volumes.repeat(2, 1, 1, 1, 1)
     moved = functional.grid_sample(pairs, grid, padding_mode="border", align_corners=False)
-    shape = (2 * count, 1, 1, 1, 1)
+    places = torch.cat([shift[:, :1].abs(), shift[:, 1:]], dim=1)
+    return jitter_ct(moved, generator), places
+
+
+def jitter_ct(volumes: Tensor, generator: Generator) -> Tensor:
+    """Change contrast and brightness of each volume `(B, W, D, H, W)` and add noise."""
+    shape = (len(volumes), 1, 1, 1, 1)
     gain = 1 + 0.1 * torch.randn(shape, generator=generator)
     offset = 0.1 * torch.randn(shape, generator=generator)
-    noise = 0.03 * torch.randn(moved.shape, generator=generator)
-    return (moved * gain + offset + noise).clamp(-1.0, 1.0)
+    noise = 0.03 * torch.randn(volumes.shape, generator=generator)
+    return (volumes * gain + offset + noise).clamp(-1.0, 1.0)
 
 
-def _zoomed(tiles: Tensor, generator: Generator) -> Tensor:
-    """Blow a random square of 85 to 100 % of the side up to the whole tile.
+def _placed(tiles: Tensor, size: int, least: float, generator: Generator) -> Tensor:
+    """Bring a random square of each tile, in a random one of eight orientations, to a size.
 
-    One square for the batch: resampling each on its own would cost as much as the encoder.
+    Squares are uniform in area.
     """
-    size = tiles.shape[-1]
-    side = int(size * (0.85 + 0.15 * torch.rand(1, generator=generator).item()))
-    top, left = torch.randint(0, size - side + 1, (2,), generator=generator).tolist()
-    square = tiles[:, :, top : top + side, left : left + side]
-    return functional.interpolate(square, size=(size, size), mode="bilinear", align_corners=False)
+    count = len(tiles)
+    area = least**2 + (1 - least**2) * torch.rand(count, generator=generator)
+    side, turn = area.sqrt(), torch.randint(0, 4, (count,), generator=generator)
+    mirror = 2.0 * torch.randint(0, 2, (count,), generator=generator) - 1
+    cosine, sine = (torch.tensor(values)[turn] for values in ([1.0, 0, -1, 0], [0.0, 1, 0, -1]))
+    theta = torch.zeros(count, 2, 3)
+    theta[:, 0, 0], theta[:, 0, 1] = side * cosine * mirror, -side * sine
+    theta[:, 1, 0], theta[:, 1, 1] = side * sine * mirror, side * cosine
+    theta[:, :, 2] = (1 - side)[:, None] * _symmetric((count, 2), generator)
+    grid = functional.affine_grid(theta, [count, tiles.shape[1], size, size], align_corners=False)
+    return functional.grid_sample(tiles, grid, padding_mode="reflection", align_corners=False)
 
 
-def _turned(tiles: Tensor, generator: Generator) -> Tensor:
-    """Give each tile one of the eight orientations of a square."""
-    turns = torch.randint(0, 4, (len(tiles),), generator=generator).tolist()
-    mirrors = torch.randint(0, 2, (len(tiles),), generator=generator).tolist()
-    placed = [
-        torch.rot90(tile.flip(-1) if mirror else tile, turn, (-2, -1))
-        for tile, turn, mirror in zip(tiles, turns, mirrors, strict=True)
-    ]
-    return torch.stack(placed)
+def _shining(tiles: Tensor, generator: Generator) -> Tensor:
+    count, channels = tiles.shape[:2]
+    gain = torch.exp(0.2 * torch.randn(count, channels, 1, 1, generator=generator))
+    return tiles * gain + 0.01 * torch.randn(count, channels, 1, 1, generator=generator)
+
+
+def _blurred(tiles: Tensor, chance: float, generator: Generator) -> Tensor:
+    chosen = torch.rand(len(tiles), 1, 1, 1, generator=generator) < chance
+    padded = functional.pad(tiles, (1, 1, 1, 1), mode="reflect")
+    return torch.where(chosen, functional.avg_pool2d(padded, 3, 1), tiles)
+
+
+def _reduced(tiles: Tensor, side: int) -> Tensor:
+    small = functional.interpolate(
+        tiles.float(), size=(side, side), mode="bilinear", antialias=True, align_corners=False
+    )
+    return small.round().to(torch.uint8) if tiles.dtype == torch.uint8 else small
+
+
+def _symmetric(shape: tuple[int, ...], generator: Generator) -> Tensor:
+    """Uniform random numbers from -1 to 1."""
+    return 2 * torch.rand(shape, generator=generator) - 1
 
 
 def _one_missing(count: int, channels: int, chance: float, generator: Generator) -> Tensor:

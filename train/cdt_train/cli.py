@@ -39,6 +39,7 @@ Research use only: not a medical device.
 @click.option("--kshot", type=click.IntRange(min=1), help="Support tiles a class.  [default: 5]")
 @click.option("--config", metavar="FILE", help="Recipe (YAML); see configs/default.yaml.")
 @click.option("--data-dir", metavar="DIR", help="Your data.  [default: generated phantom data]")
+@click.option("--ct-dir", metavar="DIR", help="CT series that lie elsewhere.")
 @click.option("--output-dir", metavar="DIR", default="models", show_default=True)
 @click.option("--num-folds", type=click.IntRange(min=2), help="Folds by patient.  [default: 3]")
 @click.option("--resume", is_flag=True, help="Go on where an interrupted run stopped.")
@@ -49,6 +50,7 @@ def train_command(
     kshot: int | None,
     config: str | None,
     data_dir: str | None,
+    ct_dir: str | None,
     output_dir: str,
     num_folds: int | None,
     resume: bool,
@@ -71,7 +73,11 @@ def train_command(
 
     output = Path(output_dir)
     report = run_training(
-        recipe, data_dir=Path(data_dir) if data_dir else None, output_dir=output, resume=resume
+        recipe,
+        data_dir=Path(data_dir) if data_dir else None,
+        ct_dir=Path(ct_dir) if ct_dir else None,
+        output_dir=output,
+        resume=resume,
     )
     if is_silent():
         return
@@ -80,7 +86,7 @@ def train_command(
         return
     click.echo(as_text(report))
     click.echo(f"\nmodel     {output / 'best_model.pt'} (fold {report['best_fold']})")
-    click.echo(f"figures   {output / 'metrics.json'}, {output}/fold_*/curves.png")
+    click.echo(f"report    {output / 'report.html'}, figures in {output / 'metrics.json'}")
     click.echo(f"next      cdt-export --checkpoint {output / 'best_model.pt'} --fp16")
 
 

@@ -55,42 +55,101 @@ class ModelRecipe(_Section):
     attention_num_heads: int = Field(8, ge=1)
     path_widths: tuple[Width, Width, Width, Width] = (16, 32, 64, 128)
     ct_widths: tuple[Width, Width, Width, Width] = (16, 32, 64, 128)
+    bank_size: int = Field(16, ge=2, multiple_of=2, description="tokens of the context bank")
 
 
 class TrainingRecipe(_Section):
     """How it is trained and evaluated."""
 
-    seed: int = Field(0, ge=0, lt=2**32)
+    seed: int = Field(0, ge=0, lt=4294)
     num_folds: int = Field(3, ge=2, description="folds by patient, or by group")
+    folds: tuple[Annotated[int, Field(ge=1)], ...] | None = Field(
+        None, min_length=1, description="train these folds alone; null: all"
+    )
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="auto: bf16 on a GPU that knows it, else fp32"
+    )
+    accumulate: int = Field(1, ge=1, description="batches before the weights move")
     # Phase 1: self-supervised pretraining on CT.
     ssl_epochs: int = Field(6, ge=0)
     ssl_steps: int = Field(8, ge=1, description="batches an epoch")
-    ssl_batch_size: int = Field(16, ge=2, description="sub-volumes a batch, two views of each")
+    ssl_batch_size: int = Field(16, ge=2, description="places a batch, two views of each")
     ssl_learning_rate: float = Field(1e-3, gt=0)
     ssl_temperature: float = Field(0.2, gt=0)
-    # Phase 2: episodic training of the whole model.
-    num_epochs: int = Field(6, ge=1)
-    episodes_per_epoch: int = Field(20, ge=1)
+    ssl_contrast_weight: float = Field(0.5, ge=0)
+    ssl_position_weight: float = Field(1.0, ge=0)
+    # Phases 2 and 3: what training sees of a tile.
+    tile_size: Annotated[int, Field(ge=32, multiple_of=32)] | None = Field(
+        None, description="side that training resizes tiles to; null: data.image_size"
+    )
+    min_crop: float = Field(0.85, gt=0, le=1, description="least side of a random square, a share")
+    stain_jitter: float = Field(
+        0.3, ge=0, lt=1, description="change of a stain's optical density; RGB alone"
+    )
+    blur: float = Field(0.0, ge=0, le=1, description="chance of a slight blur")
+    # Phase 2: the tile encoder.
+    encoder_epochs: int = Field(4, ge=0)
+    encoder_steps: int = Field(20, ge=1, description="batches an epoch")
+    encoder_batch_size: int = Field(32, ge=4)
+    encoder_learning_rate: float = Field(2e-3, gt=0)
+    supcon_weight: float = Field(0.5, ge=0, description="of the supervised contrastive loss")
+    view_weight: float = Field(
+        0.0, ge=0, description="of the contrast of two views of a tile, which knows no class"
+    )
+    # Phase 3: episodic training of the whole model.
+    num_epochs: int = Field(3, ge=1)
+    episodes_per_epoch: int = Field(15, ge=1)
     k_shot: int = Field(5, ge=1)
     n_way: int | None = Field(
         None, ge=2, description="classes of a training episode; null: all, as in evaluation"
     )
     n_query: int = Field(8, ge=1, description="query tiles a class in a training episode")
-    learning_rate: float = Field(2e-3, gt=0)
+    learning_rate: float = Field(1e-3, gt=0)
+    encoder_rate: float = Field(
+        0.1, ge=0, le=1, description="of learning_rate, for the tile encoder in phase 3; 0: frozen"
+    )
+    proxy_weight: float = Field(0.5, ge=0, description="of classifying every tile by class proxies")
+    agreement_weight: float = Field(
+        0.1, ge=0, description="keeps the CT of another patient from changing an answer"
+    )
+    domain_method: Literal["adversarial", "coral", "mmd", "none"] = "adversarial"
+    domain_weight: float = Field(0.3, ge=0, description="top of the gradient-reversal ramp")
+    ct_share: float = Field(0.5, ge=0, le=1, description="share of the episodes with a CT")
+    bank_share: float = Field(
+        0.25, ge=0, le=1, description="share with the learnt context bank; the rest have none"
+    )
+    off_axis: float = Field(
+        0.33,
+        gt=0,
+        le=1,
+        description="weight of directions in which training classes do not differ; 1: all alike",
+    )
+    # All phases.
     weight_decay: float = Field(5e-3, ge=0)
     warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps")
-    classifier_share: float = Field(
-        0.6, ge=0, le=1, description="of the steps, led by a linear classifier; then by episodes"
+    ema_decay: float = Field(0.99, ge=0, lt=1, description="of the averaged weights; 0: none")
+    patience: int | None = Field(
+        None, ge=1, description="epochs without a better score before phases 2 and 3 stop"
     )
-    domain_weight: float = Field(0.3, ge=0, description="top of the gradient-reversal ramp")
-    ct_dropout: float = Field(0.5, ge=0, le=1, description="chance of an episode without CT")
+    keep_checkpoints: int = Field(3, ge=1)
+    # Evaluation.
+    fit: Literal["mean", "shrunk", "ridge"] = Field(
+        "mean", description="how a support set becomes prototypes"
+    )
+    eval_shots: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (1, 3, 5), description="K of the tables; k_shot is always among them"
+    )
     val_share: float = Field(0.25, gt=0, lt=1, description="of a fold's training patients")
     val_episodes: int = Field(200, ge=2)
     test_episodes: int = Field(1000, ge=2)
     test_queries: int = Field(5, ge=1, description="query tiles a class in an evaluation episode")
     min_confidence: float = Field(0.6, ge=0, le=1, description="below it the answer is none")
-    keep_checkpoints: int = Field(3, ge=1)
+
+    @property
+    def shots(self) -> tuple[int, ...]:
+        """Every K that is evaluated, ascending."""
+        return tuple(sorted({*self.eval_shots, self.k_shot}))
 
 
 class Recipe(_Section):
@@ -134,6 +193,11 @@ def recipe_from(values: Mapping[str, Any]) -> Recipe:
     if width % heads:
         raise RecipeError(
             f"model.feature_dim: {width} is not a multiple of model.attention_num_heads ({heads})"
+        )
+    if recipe.training.ct_share + recipe.training.bank_share > 1:
+        raise RecipeError(
+            f"training.ct_share + training.bank_share: {recipe.training.ct_share} + "
+            f"{recipe.training.bank_share} is more than 1: lower one of them"
         )
     return recipe
 

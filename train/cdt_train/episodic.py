@@ -1,6 +1,9 @@
-"""Phase 2: episodic training of the whole model."""
+"""Phase 3: episodic training of the whole model."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -8,91 +11,107 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cdt_train.augment import augment_tiles
-from cdt_train.data.arrays import CtArrays, TileArrays
+from cdt_train.augment import TileAugmentation
+from cdt_train.contexts import Contexts
+from cdt_train.data.arrays import TileArrays
+from cdt_train.embed import embed_tiles
 from cdt_train.episodes import Episode, EpisodeSampler
-from cdt_train.evaluate import score_episodes
-from cdt_train.models.domain import ramp
+from cdt_train.models.domain import coral, mmd, ramp
 from cdt_train.models.prototypical import class_means
 from cdt_train.models.transfer_model import TransferModel
+from cdt_train.scores import score_episodes
 from cdt_train.seeding import step_seed
 
-BATCH = 64
-Floats = NDArray[np.float32]
+Mode = Literal["ct", "bank", "none"]
+
+
+@dataclass(frozen=True)
+class EpisodeRecipe:
+    """What an episode's loss is made of.
+
+    Attributes:
+        ct_share: share of the episodes in the context of a CT.
+        bank_share: share in the context of the learnt bank; the rest have none.
+        proxy_weight: of a plain classification of all tiles by class proxies, which learns from
+            every tile where an episode learns from its queries alone.
+        agreement_weight: of the divergence between the answers with a CT and without, where CT and
+            tiles are of different patients: such a CT must not change an answer.
+        domain_method: how the two sides are drawn together in the bridge.
+        domain_weight: of it; for `adversarial` the top of the gradient-reversal ramp.
+    """
+
+    ct_share: float = 0.5
+    bank_share: float = 0.25
+    proxy_weight: float = 0.5
+    agreement_weight: float = 0.1
+    domain_method: Literal["adversarial", "coral", "mmd", "none"] = "adversarial"
+    domain_weight: float = 0.3
 
 
 class EpisodicPhase:
     """Each step is one few-shot task drawn from the training patients.
 
-    One CT is shared by all classes of an episode, so that it can't give the label away; some
-    episodes have none.
+    Where CT and tiles are of the same patients, each tile sees its own patient's CT. Otherwise one
+    CT is shared by all classes of an episode, so that it can't give the label away.
 
     Args:
         model: trained in place.
         train: training tiles.
         val: validation tiles, of other patients.
-        ct: CT volumes that training may see.
+        contexts: CT that training may see.
         sampler: draws training episodes from `train`.
         val_episodes: fixed episodes over `val`.
-        channel_dropout: see `augment_tiles`.
-        ct_dropout: share of the episodes without CT.
-        classifier_share: share of the steps that a linear classifier over the training classes
-            leads; episodes alone teach a fresh encoder next to nothing.
-        domain_weight: top of the gradient-reversal ramp.
+        augmentation: of the tiles.
+        recipe: of the loss.
         seed: of every random number.
         device: where the model lives.
+        name: shown to the user.
     """
-
-    name = "phase 2 (episodes)"
 
     def __init__(
         self,
         model: TransferModel,
         train: TileArrays,
         val: TileArrays,
-        ct: CtArrays,
+        contexts: Contexts,
         sampler: EpisodeSampler,
         val_episodes: list[Episode],
         *,
-        channel_dropout: float,
-        ct_dropout: float,
-        classifier_share: float,
-        domain_weight: float,
+        augmentation: TileAugmentation,
+        recipe: EpisodeRecipe,
         seed: int,
         device: torch.device,
+        name: str = "phase 3 (episodes)",
     ) -> None:
+        self.name = name
         self.model: nn.Module = model.to(device)
-        self._model, self._train, self._val, self._ct = model, train, val, ct
-        self._sampler, self._val_episodes = sampler, val_episodes
-        self._channel_dropout, self._ct_dropout = channel_dropout, ct_dropout
-        self._classifier_share, self._domain_weight = classifier_share, domain_weight
+        self._model, self._train, self._val = model, train, val
+        self._contexts, self._sampler, self._val_episodes = contexts, sampler, val_episodes
+        self._tiles = augmentation.shrink(train.tiles)
+        self._augmentation, self._recipe = augmentation, recipe
         self._seed, self._device = seed, device
-        self._generator = torch.Generator()
-        self._rng = np.random.default_rng(seed)
 
     def step(self, index: int, progress: float) -> dict[str, Tensor]:
         """Compute the losses of one episode."""
-        self._generator.manual_seed(step_seed(self._seed, index))
-        self._rng = np.random.default_rng([self._seed, index])
-        episode = self._sampler.sample(self._rng)
+        rng = np.random.default_rng([self._seed, index])
+        episode = self._sampler.sample(rng)
         chosen = np.concatenate([episode.support, episode.query])
-        tokens = self._model.path_encoder(self._augmented(chosen))
-        ct = self._draw_ct()
-        ct_tokens, present = self._model.context(ct)
+        tokens = self._tokens(chosen, index)
+        mode = self._draw_mode(rng)
+        ct_tokens, present = self._context(mode, chosen, rng)
         embedded = self._model.bridge(tokens, ct_tokens, present)
-        few_shot, accuracy = self._few_shot_loss(embedded, episode)
-        truth = torch.from_numpy(self._train.labels[chosen]).to(self._device)
-        scores = self._model.classifier(tokens.mean(dim=1))
-        plain = functional.cross_entropy(scores, truth, label_smoothing=0.1)
-        blend = handover(progress, self._classifier_share)
-        loss = blend * few_shot + (1 - blend) * plain
-        terms = {"episode_loss": few_shot, "classifier_loss": plain, "accuracy": accuracy}
-        if ct is not None and self._domain_weight > 0:
-            strength = ramp(progress, self._domain_weight)
-            sides = self._model.bridge.projected(tokens, ct_tokens)
-            domain_loss, domain_accuracy = self._model.discriminator(*sides, strength)
-            terms |= {"domain_loss": domain_loss, "domain_accuracy": domain_accuracy}
-            loss = loss + domain_loss
+        logits, few_shot, accuracy = self._few_shot(embedded, episode)
+        proxy = self._by_proxies(embedded, chosen)
+        loss = few_shot + self._recipe.proxy_weight * proxy
+        terms = {"episode_loss": few_shot, "proxy_loss": proxy, "accuracy": accuracy}
+        if mode != "none" and not self._contexts.paired:
+            apart = self._divergence(tokens, logits, episode)
+            terms["agreement_loss"] = apart
+            loss = loss + self._recipe.agreement_weight * apart
+        if mode == "ct" and self._recipe.domain_method != "none":
+            aligned = self._alignment(tokens, ct_tokens, progress)
+            loss = loss + aligned["domain_loss"]
+            terms |= aligned
         return {"loss": loss, **terms}
 
     def validate(self) -> dict[str, float]:
@@ -100,63 +119,77 @@ class EpisodicPhase:
         embeddings = embed_tiles(self._model, self._val.tiles, None, self._device)
         scale = float(self._model.head.scale.item())
         scores = score_episodes(embeddings, self._val_episodes, scale)
-        return {"score": scores.accuracy, "val_accuracy": scores.accuracy, "val_loss": scores.nll}
+        gate = float(torch.tanh(self._model.bridge.gate).item())
+        return {
+            "score": scores.accuracy,
+            "val_accuracy": scores.accuracy,
+            "val_loss": scores.nll,
+            "gate": gate,
+        }
 
-    def _augmented(self, chosen: NDArray[np.int64]) -> Tensor:
-        tiles = self._train.tiles[torch.from_numpy(chosen)]
-        changed = augment_tiles(tiles, self._channel_dropout, self._generator)
-        return changed.to(self._device, memory_format=torch.channels_last)
+    def _tokens(self, chosen: NDArray[np.int64], index: int) -> Tensor:
+        generator = torch.Generator().manual_seed(step_seed(self._seed, index))
+        tiles = self._augmentation(self._tiles[torch.from_numpy(chosen)], generator)
+        placed = tiles.to(self._device, memory_format=torch.channels_last)
+        tokens: Tensor = self._model.path_encoder(placed)
+        return tokens
 
-    def _draw_ct(self) -> Tensor | None:
-        if len(self._ct) == 0 or self._rng.random() < self._ct_dropout:
-            return None
-        index = int(self._rng.integers(len(self._ct)))
-        return self._ct.volumes[index : index + 1].to(self._device)
+    def _draw_mode(self, rng: np.random.Generator) -> Mode:
+        drawn = rng.random()
+        if drawn < self._recipe.ct_share:
+            return "ct" if len(self._contexts) else "none"
+        return "bank" if drawn < self._recipe.ct_share + self._recipe.bank_share else "none"
 
-    def _few_shot_loss(self, embedded: Tensor, episode: Episode) -> tuple[Tensor, Tensor]:
+    def _context(
+        self, mode: Mode, chosen: NDArray[np.int64], rng: np.random.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Return context tokens `(1 | B, T, C)` and their presence `(1 | B,)`."""
+        if mode == "bank":
+            bank = self._model.bridge.bank
+            return bank, bank.new_ones(1)
+        if mode == "none":
+            return self._model.context(None)
+        if self._contexts.paired:
+            return self._contexts.of_tiles(self._train.groups[chosen])
+        return self._contexts.one(int(rng.integers(len(self._contexts))))
+
+    def _few_shot(self, embedded: Tensor, episode: Episode) -> tuple[Tensor, Tensor, Tensor]:
+        truth = torch.from_numpy(episode.query_labels).to(self._device)
+        logits = self._episode_logits(embedded, episode)
+        accuracy = (logits.argmax(dim=1) == truth).float().mean()
+        return logits, functional.cross_entropy(logits, truth), accuracy
+
+    def _episode_logits(self, embedded: Tensor, episode: Episode) -> Tensor:
         count = len(episode.support)
         labels = torch.from_numpy(episode.support_labels).to(self._device)
-        truth = torch.from_numpy(episode.query_labels).to(self._device)
         prototypes = class_means(embedded[:count], labels, len(episode.classes))
-        logits, _ = self._model.head(embedded[count:], prototypes, self._model.head.scale)
-        accuracy = (logits.argmax(dim=1) == truth).float().mean()
-        return functional.cross_entropy(logits, truth), accuracy
+        logits: Tensor = self._model.head(embedded[count:], prototypes, self._model.head.scale)[0]
+        return logits
 
+    def _by_proxies(self, embedded: Tensor, chosen: NDArray[np.int64]) -> Tensor:
+        proxies = functional.normalize(self._model.classifier.weight, dim=1)
+        truth = torch.from_numpy(self._train.labels[chosen]).to(self._device)
+        logits, _ = self._model.head(embedded, proxies, self._model.head.scale)
+        return functional.cross_entropy(logits, truth)
 
-def handover(progress: float, share: float, width: float = 0.1) -> float:
-    """Weight of the episodes' loss: 0 before `share` of the steps, 1 after, a short ramp between.
-
-    With a share of 0 it is 1 from the first step.
-    """
-    if share <= 0:
-        return 1.0
-    return min(1.0, max(0.0, (progress - share) / width + 0.5))
-
-
-@torch.no_grad()
-def embed_tiles(
-    model: TransferModel, tiles: Tensor, ct: Tensor | None, device: torch.device
-) -> Floats:
-    """Embed many tiles in one CT context.
-
-    Args:
-        model: put into evaluation mode.
-        tiles: `(n, M, S, S)`.
-        ct: `(1, W, D, S, S)` or None.
-        device: where the model lives.
-
-    Returns:
-        `(n, E)` float32 unit vectors.
-    """
-    model.eval()
-    ct_tokens, present = model.context(None if ct is None else ct.to(device))
-    parts = [
-        model.bridge(
-            model.path_encoder(batch.to(device, memory_format=torch.channels_last)),
-            ct_tokens,
-            present,
+    def _divergence(self, tokens: Tensor, logits: Tensor, episode: Episode) -> Tensor:
+        """Kullback-Leibler divergence of the answers in context from those of the tile alone."""
+        alone = self._model.bridge(tokens, *self._model.context(None))
+        plain = self._episode_logits(alone, episode)
+        return functional.kl_div(
+            functional.log_softmax(logits, dim=1),
+            functional.log_softmax(plain.detach(), dim=1),
+            log_target=True,
+            reduction="batchmean",
         )
-        for batch in torch.split(tiles, BATCH)
-    ]
-    result: Floats = torch.cat(parts).cpu().numpy()
-    return result
+
+    def _alignment(self, tokens: Tensor, ct: Tensor, progress: float) -> dict[str, Tensor]:
+        tiles, volumes = self._model.bridge.projected(tokens, ct)
+        method, weight = self._recipe.domain_method, self._recipe.domain_weight
+        strength = ramp(progress, weight) if method == "adversarial" else 0.0
+        loss, accuracy = self._model.discriminator(tiles, volumes, strength)
+        if method == "coral":
+            loss = loss + weight * coral(tiles, volumes)
+        elif method == "mmd":
+            loss = loss + weight * mmd(tiles, volumes)
+        return {"domain_loss": loss, "domain_accuracy": accuracy}

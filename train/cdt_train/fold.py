@@ -1,46 +1,66 @@
-"""One fold of a run: phase 2, calibration, and evaluation on patients that nothing has seen."""
+"""One fold of a run: phases 2 and 3, calibration, and tests on patients that nothing has seen."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from cdt_train.augment import TileAugmentation
+from cdt_train.calibration import TEMPERATURES
 from cdt_train.checkpoint import load_checkpoint, load_weights, save_checkpoint, write_json
 from cdt_train.config import Recipe
-from cdt_train.data.arrays import TileArrays
+from cdt_train.contexts import Contexts
+from cdt_train.data.arrays import RGB
 from cdt_train.data.load import LoadedData
+from cdt_train.embed import embed_tiles, tile_tokens
 from cdt_train.engine import Engine
-from cdt_train.episodes import Episode
-from cdt_train.episodic import EpisodicPhase, embed_tiles
-from cdt_train.evaluate import (
-    TEMPERATURES,
-    EpisodeScores,
-    colour_statistics,
-    fit_temperature,
-    metrics,
-    score_episodes,
-)
+from cdt_train.episodic import EpisodeRecipe, EpisodicPhase
+from cdt_train.fold_pictures import draw_fold
+from cdt_train.intervals import paired_difference
 from cdt_train.loop import Run, Schedule, train_phase
+from cdt_train.metrics import metrics
 from cdt_train.models.transfer_model import TransferModel, build_model
-from cdt_train.plots import plot_curves
 from cdt_train.progress import say
+from cdt_train.rows import (
+    Scores,
+    differences,
+    embed_rows,
+    frozen_rows,
+    measure,
+    over_groups,
+    score_rows,
+    surroundings,
+    temperatures,
+)
 from cdt_train.split import TEST_CT, Fold
+from cdt_train.tile_phase import TilePhase
 
-EVAL_CONTEXTS = 4
-"""Volumes that evaluation with CT draws from: each costs one pass over the test tiles."""
+GATE_RATE = 10.0
+"""Of the learning rate, for the bridge's gate: it starts closed and is a single number."""
 
-_PANELS = {
-    "episode_loss": "loss of episodes",
-    "val_loss": "loss of episodes",
-    "accuracy": "accuracy of episodes",
-    "val_accuracy": "accuracy of episodes",
-    "domain_accuracy": "accuracy of the domain discriminator",
-}
+TILE_ENCODER = "tile_encoder.pt"
+PROTONET = "protonet.pt"
+
+
+@dataclass(frozen=True, eq=False)
+class FoldRun:
+    """What the steps of one fold share."""
+
+    fold: Fold
+    recipe: Recipe
+    data: LoadedData
+    engine: Engine
+    resume: bool
+
+    @property
+    def seed(self) -> int:
+        """Seed of the fold's training."""
+        return self.recipe.training.seed * 100 + self.fold.number
 
 
 def train_fold(
@@ -64,60 +84,31 @@ def train_fold(
         f"fold {fold.number}: {len(fold.train)} training, {len(fold.val)} validation and "
         f"{len(fold.test)} test tiles, all of different {data.info['grouped_by']}s"
     )
-    history = _train(fold, ct_encoder, recipe, data, resume, engine)
-    title = f"Fold {fold.number}: episodic training"
-    if engine.is_main:
-        plot_curves(fold.folder / "curves.png", title, history, _PANELS)
+    run = FoldRun(fold, recipe, data, engine, resume)
+    tiles_history, features = _train_tiles(run)
+    before = _started(run, features, ct_encoder)
+    plain = _train_protonet(run, features, ct_encoder)
+    history = _train_episodes(run, features, ct_encoder)
     best = load_checkpoint(best_path, ("model_state_dict", "best_metric", "epoch"))
-    model = _new_model(fold, recipe)
+    model = new_model(fold, recipe)
     load_weights(model, best["model_state_dict"], best_path)
-    model.to(engine.device)
-    calibration = _calibrate(model, fold, recipe, engine.device)
+    _settle(run, model)
+    best["model_state_dict"] = {key: value.cpu() for key, value in model.state_dict().items()}
+    tested = evaluate_fold(run, model, plain, before)
     result = {
         "fold": fold.number,
         "tiles": {side: len(names) for side, names in fold.split.items()},
         "validation": {"epoch": best["epoch"], "best_metric": best["best_metric"]},
-        "calibration": calibration,
         "gate": float(torch.tanh(model.bridge.gate).item()),
-        "history": history,
-        "test": evaluate_fold(model, fold, recipe, calibration["temperature"], engine.device),
+        "history": {"tiles": tiles_history, "episodes": history},
+        **tested.record,
     }
     if engine.is_main:
-        content = {**best, "calibration": calibration, "test": result["test"]}
+        content = {**best, "calibration": result["calibration"], "test": result["test"]}
         save_checkpoint(best_path, content)
+        draw_fold(fold, result, tested, model, before, engine.device)
         write_json(record, result)
     return result
-
-
-def _train(
-    fold: Fold,
-    ct_encoder: Mapping[str, Tensor],
-    recipe: Recipe,
-    data: LoadedData,
-    resume: bool,
-    engine: Engine,
-) -> list[dict[str, float]]:
-    training = recipe.training
-    run = Run(
-        fold.folder,
-        "checkpoint",
-        recipe.to_dict(),
-        extra={
-            "preprocess": data.preprocess.to_dict(),
-            "dataset_info": {**data.info, "fold": fold.number, "split": fold.split},
-        },
-        keep=training.keep_checkpoints,
-        resume=resume,
-        best_path=fold.folder / "best_model.pt",
-    )
-    schedule = Schedule(
-        training.num_epochs,
-        training.episodes_per_epoch,
-        training.learning_rate,
-        training.weight_decay,
-        training.warmup,
-    )
-    return train_phase(_phase(fold, ct_encoder, recipe, data, engine.device), schedule, run, engine)
 
 
 def model_of(recipe: Recipe, channels: int, n_classes: int) -> TransferModel:
@@ -125,129 +116,281 @@ def model_of(recipe: Recipe, channels: int, n_classes: int) -> TransferModel:
     return build_model(
         channels=channels,
         n_classes=n_classes,
-        image_size=recipe.data.image_size,
         windows=len(recipe.data.hu_windows),
         feature_dim=recipe.model.feature_dim,
         num_heads=recipe.model.attention_num_heads,
         path_widths=recipe.model.path_widths,
         ct_widths=recipe.model.ct_widths,
+        bank_size=recipe.model.bank_size,
         seed=recipe.training.seed,
     )
 
 
-def evaluate_fold(
-    model: TransferModel, fold: Fold, recipe: Recipe, temperature: float, device: torch.device
-) -> dict[str, Any]:
-    """Score the test tiles: with CT, without, and the baselines, all on the same episodes."""
-    episodes = fold.test_episodes
-    scale = float(model.head.scale.item())
-    alone = embed_tiles(model, fold.test.tiles, None, device)
-    untrained = _new_model(fold, recipe)
-    untrained.path_encoder.standardise_by(fold.train.tiles)
-    rows: dict[str, EpisodeScores] = {
-        "with_ct": _score_with_ct(
-            model, fold, fold.test, episodes, scale, recipe.training.seed, device
-        ),
-        "without_ct": score_episodes(alone, episodes, scale),
-        "untrained_encoder": score_episodes(
-            embed_tiles(untrained, fold.test.tiles, None, torch.device("cpu")), episodes, 1.0
-        ),
-        "colour_statistics": score_episodes(
-            colour_statistics(fold.test.tiles, fold.train.tiles), episodes, 1.0
-        ),
-    }
-    calibrated = {"with_ct", "without_ct"}
-    return {
-        name: metrics(scores, temperature if name in calibrated else 1.0)
-        for name, scores in rows.items()
-    }
-
-
-def _phase(
-    fold: Fold,
-    ct_encoder: Mapping[str, Tensor],
-    recipe: Recipe,
-    data: LoadedData,
-    device: torch.device,
-) -> EpisodicPhase:
-    """Set up phase 2 from the pretrained CT encoder."""
-    training = recipe.training
-    model = _new_model(fold, recipe)
-    load_weights(model.ct_encoder, ct_encoder, fold.folder / "ct_encoder_pretrained.pt")
+def new_model(fold: Fold, recipe: Recipe) -> TransferModel:
+    """Build the fold's model as it is before any training."""
+    model = model_of(recipe, fold.train.tiles.shape[1], len(fold.train.classes))
     model.path_encoder.standardise_by(fold.train.tiles)
     model.path_encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model
+
+
+@dataclass(frozen=True, eq=False)
+class Tested:
+    """What a model shows on the test side of a fold.
+
+    Attributes:
+        record: `test`, `differences`, `over_groups` and `calibration`, for JSON.
+        scores: of each row and K.
+        embedded: of each row of the model, embeddings of the test tiles in each context.
+    """
+
+    record: dict[str, Any]
+    scores: Scores
+    embedded: Mapping[str, Any]
+
+
+def evaluate_fold(
+    run: FoldRun, model: TransferModel, plain: TransferModel, before: TransferModel
+) -> Tested:
+    """Calibrate on the validation tiles, then score the test tiles: all rows, same episodes.
+
+    Args:
+        run: the fold.
+        model: what was trained.
+        plain: its rival without bridge.
+        before: the model before phase 3.
+    """
+    fold, device = run.fold, run.engine.device
+    fit, scale = run.recipe.training.fit, float(model.head.scale.item())
+    seed = run.recipe.training.seed
+    around = surroundings(
+        model,
+        fold.ct,
+        run.data.ct,
+        run.data.patients,
+        paired=run.data.paired,
+        seed=[seed, fold.number, TEST_CT],
+        device=device,
+    )
+    val = score_rows(
+        embed_rows(model, fold.val, around, seed, device), fold.val_episodes, scale, fit, seed
+    )
+    heat = temperatures(val)
+    embedded = embed_rows(model, fold.test, around, seed, device)
+    frozen = {"frozen_features": before, "untrained_encoder": new_model(fold, run.recipe)}
+    rows = {
+        **embedded,
+        "protonet": [embed_tiles(plain, fold.test.tiles, None, device)],
+        **frozen_rows(frozen, fold.test, fold.train, device),
+    }
+    scores = score_rows(rows, fold.test_episodes, scale, fit, seed)
+    record = {
+        "calibration": _calibration(run, val, heat, scale),
+        "test": measure(scores, heat),
+        "differences": differences(scores),
+        "over_groups": over_groups(scores, fold.test, seed),
+    }
+    return Tested(record, scores, embedded)
+
+
+def _calibration(run: FoldRun, val: Scores, heat: Mapping[int, float], scale: float) -> Any:
+    """Record the temperatures, and whether the validation tiles speak for a CT context."""
+    k = run.recipe.training.k_shot
+    name = "with_ct" if "with_ct" in val else "without_ct"
+    at_bound = min(abs(heat[k] / bound - 1) for bound in TEMPERATURES) < 1e-6
+    if at_bound:
+        say(
+            f"warning: fold {run.fold.number}: the temperature stopped at its bound, {heat[k]:g}: "
+            f"probabilities are not calibrated; train longer or add validation patients"
+        )
+    gain = (
+        paired_difference(val["with_ct"][k], val["without_ct"][k])
+        if "with_ct" in val
+        else {"mean": 0.0, "ci95": 0.0}
+    )
+    return {
+        "k_shot": k,
+        "fit": run.recipe.training.fit,
+        "learnt_scale": scale,
+        "temperature": heat[k],
+        "temperatures": {str(shots): value for shots, value in heat.items()},
+        "at_bound": at_bound,
+        "validation_tiles": len(run.fold.val),
+        "ece_before": metrics(val[name][k])["ece"],
+        "ece_after": metrics(val[name][k], heat[k])["ece"],
+        "ct_gain": gain,
+        "ct_context": gain["mean"] - gain["ci95"] > 0,
+    }
+
+
+def _train_tiles(run: FoldRun) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
+    """Phase 2; returns its history and the weights of the tile encoder and the classifier."""
+    training, path = run.recipe.training, run.fold.folder / TILE_ENCODER
+    model = new_model(run.fold, run.recipe)
+    if run.resume and path.is_file():
+        found = load_checkpoint(path, ("model_state_dict", "history"))
+        return list(found["history"]), dict(found["model_state_dict"])
+    history: list[dict[str, float]] = []
+    if training.encoder_epochs:
+        phase = TilePhase(
+            model,
+            run.fold.train,
+            run.fold.val,
+            run.fold.val_episodes[training.k_shot],
+            augmentation=_augmentation(run),
+            batch_size=training.encoder_batch_size,
+            supcon_weight=training.supcon_weight,
+            view_weight=training.view_weight,
+            seed=run.seed,
+            device=run.engine.device,
+        )
+        schedule = replace(
+            _schedule(run, training.encoder_epochs, training.encoder_steps),
+            learning_rate=training.encoder_learning_rate,
+            groups=None,
+        )
+        history = train_phase(phase, schedule, _saved(run, "tiles", None), run.engine)
+    kept = ("path_encoder.", "classifier.")
+    state = {
+        name: value.cpu().clone()
+        for name, value in model.state_dict().items()
+        if name.startswith(kept)
+    }
+    if run.engine.is_main:
+        save_checkpoint(path, {"model_state_dict": state, "history": history})
+    run.engine.wait()
+    return history, state
+
+
+def _train_protonet(
+    run: FoldRun, features: Mapping[str, Tensor], ct_encoder: Mapping[str, Tensor]
+) -> TransferModel:
+    """Train the rival: episodes from the same tile encoder, without CT, bridge and alignment."""
+    best_path = run.fold.folder / PROTONET
+    model = _started(run, features, ct_encoder)
+    alone = EpisodeRecipe(
+        ct_share=0.0,
+        bank_share=0.0,
+        proxy_weight=run.recipe.training.proxy_weight,
+        domain_method="none",
+    )
+    phase = _episodes(run, model, alone, "ProtoNet, no bridge")
+    training = run.recipe.training
+    schedule = _schedule(run, training.num_epochs, training.episodes_per_epoch)
+    train_phase(phase, schedule, _saved(run, "protonet", best_path), run.engine)
+    best = load_checkpoint(best_path, ("model_state_dict",))
+    load_weights(model, best["model_state_dict"], best_path)
+    _settle(run, model)
+    return model
+
+
+def _settle(run: FoldRun, model: TransferModel) -> None:
+    """Fix the centre and the axes of the embedding by the training tiles as inference sees them."""
+    train, device = run.fold.train, run.engine.device
+    pooled = tile_tokens(model.to(device), train.tiles, device).mean(dim=1)
+    labels = torch.from_numpy(train.labels).to(device)
+    model.bridge.centre.settle(pooled, labels, run.recipe.training.off_axis)
+
+
+def _train_episodes(
+    run: FoldRun, features: Mapping[str, Tensor], ct_encoder: Mapping[str, Tensor]
+) -> list[dict[str, float]]:
+    """Phase 3; its best epoch is kept as `best_model.pt`."""
+    training = run.recipe.training
+    recipe = EpisodeRecipe(
+        ct_share=training.ct_share,
+        bank_share=training.bank_share,
+        proxy_weight=training.proxy_weight,
+        agreement_weight=training.agreement_weight,
+        domain_method=training.domain_method,
+        domain_weight=training.domain_weight,
+    )
+    model = _started(run, features, ct_encoder)
+    phase = _episodes(run, model, recipe, "phase 3 (episodes)")
+    schedule = _schedule(run, training.num_epochs, training.episodes_per_epoch)
+    best_path = run.fold.folder / "best_model.pt"
+    return train_phase(phase, schedule, _saved(run, "checkpoint", best_path), run.engine)
+
+
+def _started(
+    run: FoldRun, features: Mapping[str, Tensor], ct_encoder: Mapping[str, Tensor]
+) -> TransferModel:
+    """Build the model with what phases 1 and 2 taught its encoders."""
+    model = new_model(run.fold, run.recipe)
+    load_weights(model.ct_encoder, ct_encoder, run.fold.folder / "ct_encoder_pretrained.pt")
+    load_weights(model, {**model.state_dict(), **features}, run.fold.folder / TILE_ENCODER)
+    return model
+
+
+def _episodes(
+    run: FoldRun, model: TransferModel, recipe: EpisodeRecipe, name: str
+) -> EpisodicPhase:
+    fold, device = run.fold, run.engine.device
+    model.to(device)
+    contexts = Contexts.encode(model.ct_encoder, fold.ct, run.data.patients, device)
     return EpisodicPhase(
         model,
         fold.train,
         fold.val,
-        fold.ct,
+        contexts,
         fold.sampler,
-        fold.val_episodes,
-        channel_dropout=recipe.data.channel_dropout if data.preprocess.fill_missing else 0.0,
-        ct_dropout=training.ct_dropout,
-        classifier_share=training.classifier_share,
-        domain_weight=training.domain_weight,
-        seed=training.seed * 100 + fold.number,
+        fold.val_episodes[run.recipe.training.k_shot],
+        augmentation=_augmentation(run),
+        recipe=recipe,
+        seed=run.seed,
         device=device,
+        name=name,
     )
 
 
-def _new_model(fold: Fold, recipe: Recipe) -> TransferModel:
-    return model_of(recipe, fold.train.tiles.shape[1], len(fold.train.classes))
-
-
-def _calibrate(
-    model: TransferModel, fold: Fold, recipe: Recipe, device: torch.device
-) -> dict[str, Any]:
-    """Fit one temperature on the validation patients, for answers with a CT and without."""
-    scale = float(model.head.scale.item())
-    alone = score_episodes(
-        embed_tiles(model, fold.val.tiles, None, device), fold.val_episodes, scale
+def _augmentation(run: FoldRun) -> TileAugmentation:
+    training, preprocess = run.recipe.training, run.data.preprocess
+    return TileAugmentation(
+        size=training.tile_size or run.recipe.data.image_size,
+        min_crop=training.min_crop,
+        rgb=preprocess.channels == RGB,
+        stain_jitter=training.stain_jitter,
+        channel_dropout=run.recipe.data.channel_dropout if preprocess.fill_missing else 0.0,
+        blur=training.blur,
     )
-    seed = recipe.training.seed
-    with_ct = _score_with_ct(model, fold, fold.val, fold.val_episodes, scale, seed, device)
-    scores = _together([alone, with_ct])
-    temperature = fit_temperature(scores)
-    at_bound = min(abs(temperature / bound - 1) for bound in TEMPERATURES) < 1e-6
-    if at_bound:
-        say(
-            f"warning: fold {fold.number}: the temperature stopped at its bound, {temperature:g}: "
-            f"probabilities are not calibrated; train longer or add validation patients"
-        )
-    return {
-        "k_shot": recipe.training.k_shot,
-        "learnt_scale": scale,
-        "temperature": temperature,
-        "at_bound": at_bound,
-        "validation_tiles": len(fold.val),
-        "ece_before": metrics(scores)["ece"],
-        "ece_after": metrics(scores, temperature)["ece"],
-    }
 
 
-def _score_with_ct(
-    model: TransferModel,
-    fold: Fold,
-    tiles: TileArrays,
-    episodes: list[Episode],
-    scale: float,
-    seed: int,
-    device: torch.device,
-) -> EpisodeScores:
-    """Score episodes that each see one CT, drawn at random from a few."""
-    rng = np.random.default_rng([seed, fold.number, TEST_CT])
-    chosen = rng.permutation(len(fold.ct))[:EVAL_CONTEXTS]
-    parts = []
-    for position, index in enumerate(chosen):
-        ct = fold.ct.volumes[int(index) : int(index) + 1]
-        embeddings = embed_tiles(model, tiles.tiles, ct, device)
-        parts.append(score_episodes(embeddings, episodes[position :: len(chosen)], scale))
-    return _together(parts)
+def _schedule(run: FoldRun, epochs: int, steps: int) -> Schedule:
+    training = run.recipe.training
+    return Schedule(
+        epochs,
+        steps,
+        training.learning_rate,
+        training.weight_decay,
+        training.warmup,
+        patience=training.patience,
+        ema_decay=training.ema_decay,
+        groups=_rates(training.encoder_rate),
+        seed=run.seed,
+    )
 
 
-def _together(parts: list[EpisodeScores]) -> EpisodeScores:
-    return EpisodeScores(
-        np.concatenate([part.accuracies for part in parts]),
-        np.concatenate([part.logits for part in parts]),
-        np.concatenate([part.truth for part in parts]),
+def _rates(encoder_rate: float) -> Any:
+    """Factor of the learning rate by name: phase 3 leaves the CT encoder as it is."""
+
+    def factor(name: str) -> float:
+        if name.startswith("ct_encoder."):
+            return 0.0
+        if name == "bridge.gate":
+            return GATE_RATE
+        return encoder_rate if name.startswith("path_encoder.") else 1.0
+
+    return factor
+
+
+def _saved(run: FoldRun, prefix: str, best_path: Any) -> Run:
+    info = {**run.data.info, "fold": run.fold.number, "split": run.fold.split}
+    return Run(
+        run.fold.folder,
+        prefix,
+        run.recipe.to_dict(),
+        extra={"preprocess": run.data.preprocess.to_dict(), "dataset_info": info},
+        keep=run.recipe.training.keep_checkpoints,
+        resume=run.resume,
+        best_path=best_path,
     )

@@ -17,9 +17,18 @@ from cdt_train.engine import Engine
 from cdt_train.loop import Run, Schedule, require_same_recipe, train_phase
 from cdt_train.plots import plot_curves
 from cdt_train.progress import say
-from cdt_train.ssl import ContrastivePhase
+from cdt_train.ssl import CtPhase
 
 PRETRAINED = "ct_encoder_pretrained.pt"
+
+PANELS = {
+    "contrast_cubes": "contrastive loss",
+    "contrast_views": "contrastive loss",
+    "accuracy_cubes": "accuracy of matching views",
+    "accuracy_views": "accuracy of matching views",
+    "position_cubes": "error of relative position",
+    "position_views": "error of relative position",
+}
 
 
 def pretrain(
@@ -57,12 +66,16 @@ def pretrain(
         )
     history: list[dict[str, float]] = []
     if training.ssl_epochs > 0 and len(ct) >= 2:
-        say(f"phase 1: contrastive pretraining on {len(ct)} CT series")
-        phase = ContrastivePhase(
+        say(f"phase 1: contrast and relative position on {len(ct)} CT series")
+        phase = CtPhase(
             encoder,
             ct.volumes,
+            ct.fine,
+            windows=recipe.data.hu_windows,
             batch_size=training.ssl_batch_size,
             temperature=training.ssl_temperature,
+            contrast_weight=training.ssl_contrast_weight,
+            position_weight=training.ssl_position_weight,
             seed=training.seed,
             device=engine.device,
         )
@@ -72,12 +85,12 @@ def pretrain(
             training.ssl_learning_rate,
             training.weight_decay,
             training.warmup,
+            seed=training.seed,
         )
         run = Run(folder, "ssl", config, keep=training.keep_checkpoints, resume=resume)
         history = train_phase(phase, schedule, run, engine)
-        panels = {"loss": "contrastive loss", "accuracy": "accuracy of matching views"}
         if engine.is_main:
-            plot_curves(folder / "curves_ssl.png", "Phase 1: CT pretraining", history, panels)
+            plot_curves(folder / "curves_ssl.png", "Phase 1: CT pretraining", history, PANELS)
     else:
         say(f"phase 1: left out ({len(ct)} CT series, training.ssl_epochs={training.ssl_epochs})")
     state = {key: value.cpu().clone() for key, value in encoder.state_dict().items()}

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from cdt_runtime.errors import DatasetError
-from cdt_train.config import Recipe
+from cdt_train.config import Recipe, TrainingRecipe
 from cdt_train.data.arrays import CtArrays, TileArrays
 from cdt_train.data.load import LoadedData
 from cdt_train.episodes import Episode, EpisodeSampler, Ints, group_folds, hold_out_groups
-from cdt_train.evaluate import draw_episodes
 from cdt_train.progress import say
+from cdt_train.scores import draw_episodes
 
 HOLD_OUT, VAL_EPISODES, TEST_EPISODES, TEST_CT, SUPPORT, TRIAL = range(6)
 """Purposes of random numbers: each has a stream of its own, `[seed, fold, purpose]`."""
@@ -32,8 +32,8 @@ class Fold:
         test: tiles of yet other patients, for evaluation alone.
         ct: volumes that training may see: none of a patient in `val` or `test`.
         sampler: draws training episodes from `train`.
-        val_episodes: fixed episodes over `val`, of all classes.
-        test_episodes: fixed episodes over `test`, of all classes.
+        val_episodes: for each K fixed episodes over `val`, of all classes.
+        test_episodes: for each K fixed episodes over `test`, of all classes.
     """
 
     number: int
@@ -43,8 +43,8 @@ class Fold:
     test: TileArrays
     ct: CtArrays
     sampler: EpisodeSampler
-    val_episodes: list[Episode]
-    test_episodes: list[Episode]
+    val_episodes: dict[int, list[Episode]]
+    test_episodes: dict[int, list[Episode]]
 
     @property
     def split(self) -> dict[str, list[str]]:
@@ -85,10 +85,39 @@ def make_folds(recipe: Recipe, data: LoadedData, output_dir: Path) -> list[Fold]
         val_share=training.val_share,
         seed=training.seed,
     )
-    return [
-        _make_fold(number, output_dir / f"fold_{number}", recipe, data, part)
-        for number, part in enumerate(parts, start=1)
+    wanted = _wanted(training.folds, len(parts))
+    folds = [
+        _make_fold(number, output_dir / f"fold_{number}", recipe, data, parts[number - 1])
+        for number in wanted
     ]
+    shots = set.intersection(*({*fold.val_episodes} & {*fold.test_episodes} for fold in folds))
+    for k in sorted(set(training.shots) - shots):
+        say(f"K = {k} is left out of the tables: some split has too few tiles of a class for it")
+    return [_with_shots(fold, sorted(shots)) for fold in folds]
+
+
+def _wanted(folds: Sequence[int] | None, count: int) -> list[int]:
+    """Return the numbers of the folds to train.
+
+    Raises:
+        DatasetError: one of them does not exist.
+    """
+    if folds is None:
+        return list(range(1, count + 1))
+    if max(folds) > count:
+        raise DatasetError(
+            f"training.folds: {max(folds)} was asked for and there are {count} folds: give numbers "
+            f"from 1 to {count}"
+        )
+    return sorted(set(folds))
+
+
+def _with_shots(fold: Fold, shots: Sequence[int]) -> Fold:
+    return replace(
+        fold,
+        val_episodes={k: fold.val_episodes[k] for k in shots},
+        test_episodes={k: fold.test_episodes[k] for k in shots},
+    )
 
 
 def part_indices(
@@ -162,31 +191,48 @@ def _make_fold(number: int, folder: Path, recipe: Recipe, data: LoadedData, indi
     parts = (tiles.take(indices.train), tiles.take(indices.val), tiles.take(indices.test))
     for side, part in zip(("train", "val", "test"), parts, strict=True):
         _require_every_class(number, side, part)
-    # Evaluation meets all classes, as the deployed bundle will.
-    samplers = [
-        EpisodeSampler(
-            part.labels,
-            part.groups,
-            part.classes,
-            n_way=n_way,
-            k_shot=training.k_shot,
-            n_query=n_query,
-        )
-        for part, n_way, n_query in (
-            (parts[0], training.n_way or len(tiles.classes), training.n_query),
-            (parts[1], len(tiles.classes), training.test_queries),
-            (parts[2], len(tiles.classes), training.test_queries),
-        )
-    ]
-    samplers[0].sample(rng)  # so that a split without any training episode is found out now
+    sampler = _sampler(parts[0], training.n_way, training.k_shot, training.n_query)
+    sampler.sample(rng)  # so that a split without any training episode is found out now
     return Fold(
         number,
         folder,
         *parts,
         ct,
-        samplers[0],
-        draw_episodes(samplers[1], training.val_episodes, [training.seed, number, VAL_EPISODES]),
-        draw_episodes(samplers[2], training.test_episodes, [training.seed, number, TEST_EPISODES]),
+        sampler,
+        _evaluation(parts[1], training, training.val_episodes, [number, VAL_EPISODES]),
+        _evaluation(parts[2], training, training.test_episodes, [number, TEST_EPISODES]),
+    )
+
+
+def _evaluation(
+    part: TileArrays, training: TrainingRecipe, count: int, stream: Sequence[int]
+) -> dict[int, list[Episode]]:
+    """Draw episodes of all classes, as the deployed bundle will meet them, for every K that fits.
+
+    Raises:
+        DatasetError: the K that is trained for does not fit.
+    """
+    found = {}
+    for k in training.shots:
+        try:
+            sampler = _sampler(part, None, k, training.test_queries)
+            # The K of the recipe keeps its stream, whatever other K stand beside it.
+            seed = [training.seed, *stream, *([] if k == training.k_shot else [k])]
+            found[k] = draw_episodes(sampler, count, seed)
+        except DatasetError:
+            if k == training.k_shot:
+                raise
+    return found
+
+
+def _sampler(part: TileArrays, n_way: int | None, k_shot: int, n_query: int) -> EpisodeSampler:
+    return EpisodeSampler(
+        part.labels,
+        part.groups,
+        part.classes,
+        n_way=n_way or len(part.classes),
+        k_shot=k_shot,
+        n_query=n_query,
     )
 
 

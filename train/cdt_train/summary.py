@@ -1,4 +1,4 @@
-"""What a run found, over all folds: for `metrics.json` and for the reader."""
+"""What a run found, over all folds: for `metrics.json`, the report and the reader."""
 
 from __future__ import annotations
 
@@ -7,14 +7,9 @@ from typing import Any
 
 from cdt_train.config import Recipe
 from cdt_train.data.load import LoadedData
-from cdt_train.evaluate import over_folds
+from cdt_train.intervals import over_folds, verdict
+from cdt_train.rows import ROWS
 
-ROWS = {
-    "with_ct": "with CT",
-    "without_ct": "without CT",
-    "untrained_encoder": "untrained encoder",
-    "colour_statistics": "colour statistics",
-}
 COLUMNS = {
     "accuracy": "accuracy",
     "balanced_accuracy": "balanced",
@@ -24,70 +19,149 @@ COLUMNS = {
     "mcc": "MCC",
     "ece": "ECE",
 }
+MEASURED = (*COLUMNS, "brier", "nll", "aurc", "accuracy_at_80")
+Folds = Sequence[Mapping[str, Any]]
 
 
-def summarise(
-    recipe: Recipe,
-    data: LoadedData,
-    folds: Sequence[Mapping[str, Any]],
-    best_fold: int,
-) -> dict[str, Any]:
+def summarise(recipe: Recipe, data: LoadedData, folds: Folds, best_fold: int) -> dict[str, Any]:
     """Return what `metrics.json` holds."""
-    table = {
-        row: {name: over_folds([fold["test"][row][name] for fold in folds]) for name in COLUMNS}
-        for row in ROWS
-    }
     facts = ("data", "phantom", "grouped_by", "classes", "warnings", "fingerprint")
-    return {
+    rows = {row: title for row, title in ROWS.items() if row in folds[0]["test"]}
+    k_shot = recipe.training.k_shot
+    report = {
         **{key: data.info[key] for key in facts},
         "paired": data.paired,
-        "k_shot": recipe.training.k_shot,
+        "k_shot": k_shot,
         "seed": recipe.training.seed,
         "best_fold": best_fold,
-        "over_folds": table,
+        "rows": rows,
+        "episodes": folds[0]["test"]["without_ct"][str(k_shot)]["episodes"],
+        "over_folds": {row: _over_folds(folds, row) for row in rows},
+        "effect": _effects(folds),
+        "calibration": _calibration(folds),
         "folds": list(folds),
         "config": recipe.to_dict(),
     }
+    return {**report, "verdict": reading(report)}
 
 
 def as_text(report: Mapping[str, Any]) -> str:
-    """Return the table that a run ends with: mean over folds, and its 95 % interval."""
-    folds = len(report["folds"])
-    episodes = report["folds"][0]["test"]["with_ct"]["episodes"]
-    lines = [
-        f"{len(report['classes'])}-way {report['k_shot']}-shot on test {report['grouped_by']}s: "
-        f"mean of {folds} folds, {episodes} episodes each; ± is the 95 % interval over folds",
-        "",
-        " " * 20 + "".join(f"{title:>16}" for title in COLUMNS.values()),
-    ]
-    for row, title in ROWS.items():
-        cells = [report["over_folds"][row][name] for name in COLUMNS]
-        lines.append(
-            f"{title:<20}" + "".join(f"{cell['mean']:>10.3f} ±{cell['ci95']:.2f}" for cell in cells)
-        )
-    return "\n".join([*lines, "", _reading(report)])
-
-
-def _reading(report: Mapping[str, Any]) -> str:
-    gains = [
-        fold["test"]["with_ct"]["accuracy"] - fold["test"]["without_ct"]["accuracy"]
-        for fold in report["folds"]
-    ]
-    gain = over_folds(gains)
-    if report["paired"]:
-        return (
-            "With CT means another patient's here: the gain from a patient's own CT is not "
-            "measured."
-        )
-    verdict = "a gain" if gain["mean"] - gain["ci95"] > 0 else "no gain shown"
-    text = (
-        f"CT against no CT, same episodes: {100 * gain['mean']:+.1f} points "
-        f"± {100 * gain['ci95']:.1f}: {verdict}. Gate of the bridge in each fold (0 is closed): "
-        + ", ".join(f"{fold['gate']:+.3f}" for fold in report["folds"])
+    """Return the tables that a run ends with: mean over folds, and its 95 % interval."""
+    return "\n\n".join(
+        [
+            *(_table(report, k) for k in report["over_folds"]["without_ct"]),
+            report["verdict"],
+        ]
     )
-    plain = report["over_folds"]["colour_statistics"]["accuracy"]["mean"]
-    if report["over_folds"]["without_ct"]["accuracy"]["mean"] <= plain:
-        text += "\nNot better than colour statistics alone: this model has learnt nothing of use."
+
+
+def reading(report: Mapping[str, Any]) -> str:
+    """Say what the figures come down to, for the K that was trained for."""
+    k, lines = str(report["k_shot"]), []
+    gates = ", ".join(f"{fold['gate']:+.3f}" for fold in report["folds"])
+    found = [effect for effect in report["effect"] if effect["k"] == k and effect["of_ct"]]
+    lines += [
+        f"{effect['title']}, {k}-shot: {100 * effect['mean']:+.1f} points "
+        f"± {100 * effect['ci95']:.1f}: {effect['verdict']}."
+        for effect in found
+    ]
+    if found:
+        gains = [effect["mean"] - effect["ci95"] > 0 for effect in found]
+        lines.append(
+            "The CT helps: more than none, than a wrong patient's and than noise."
+            if all(gains)
+            else "No gain from the CT's content: it would have to beat every control."
+        )
+        whose = "the patient's own" if report["paired"] else "another patient's"
+        lines.append(f"The CT is {whose}. Gate of the bridge by fold (0 is closed): {gates}.")
+    else:
+        lines.append("There was no CT: nothing is said about it.")
+    rows = report["over_folds"]
+    if (
+        rows["without_ct"][k]["accuracy"]["mean"]
+        <= rows["colour_statistics"][k]["accuracy"]["mean"]
+    ):
+        lines.append(
+            "Not better than colour statistics alone: this model has learnt nothing of use."
+        )
     if report["phantom"]:
-        text += "\nPhantom data: these figures say that the pipeline learns, nothing of patients."
-    return text
+        lines.append(
+            "Phantom data: these figures say that the pipeline learns, nothing of patients."
+        )
+    return "\n".join(lines)
+
+
+def _over_folds(folds: Folds, row: str) -> dict[str, dict[str, dict[str, float]]]:
+    return {
+        k: {
+            name: over_folds([fold["test"][row][k][name] for fold in folds])
+            for name in MEASURED
+            if name in folds[0]["test"][row][k]
+        }
+        for k in folds[0]["test"][row]
+    }
+
+
+def _effects(folds: Folds) -> list[dict[str, Any]]:
+    """Differences of rows on the same episodes: over folds, or over episodes of a single one."""
+    found = []
+    for name, by_k in folds[0]["differences"].items():
+        first, second = name.split(" - ")
+        for k, single in by_k.items():
+            spread = (
+                over_folds([fold["differences"][name][k]["mean"] for fold in folds])
+                if len(folds) > 1
+                else single
+            )
+            found.append(
+                {
+                    "title": f"{ROWS[first]} against {ROWS[second]}",
+                    "k": k,
+                    "of_ct": first == "with_ct",
+                    "mean": spread["mean"],
+                    "ci95": spread["ci95"],
+                    "by_fold": [fold["differences"][name][k] for fold in folds],
+                    "verdict": verdict(spread["mean"], spread["ci95"]),
+                }
+            )
+    return found
+
+
+def _calibration(folds: Folds) -> dict[str, dict[str, float]]:
+    """Mean temperature of each K, and the calibration error on test tiles, out of sample."""
+    row = "with_ct" if "with_ct" in folds[0]["test"] else "without_ct"
+    return {
+        k: {
+            "temperature": _mean([fold["calibration"]["temperatures"][k] for fold in folds]),
+            "ece_before": _mean([fold["test"][row][k]["ece_before"] for fold in folds]),
+            "ece_after": _mean([fold["test"][row][k]["ece"] for fold in folds]),
+        }
+        for k in folds[0]["test"][row]
+    }
+
+
+def _table(report: Mapping[str, Any], k: str) -> str:
+    folds = len(report["folds"])
+    means = "the 95 % interval over folds" if folds > 1 else "of one fold: no interval"
+    lines = [
+        f"{len(report['classes'])}-way {k}-shot on test {report['grouped_by']}s: mean of {folds} "
+        f"fold(s), {report['episodes']} episodes each; ± is {means}",
+        "",
+        " " * 22 + "".join(f"{title:>15}" for title in COLUMNS.values()),
+    ]
+    for row, title in report["rows"].items():
+        cells = report["over_folds"][row][k]
+        lines.append(f"{title:<22}" + "".join(_cell(cells.get(name), folds) for name in COLUMNS))
+    return "\n".join(lines)
+
+
+def _cell(spread: Mapping[str, float] | None, folds: int) -> str:
+    if spread is None:
+        return f"{'–':>15}"
+    if folds < 2:
+        return f"{spread['mean']:>15.3f}"
+    return f"{spread['mean']:>9.3f} ±{spread['ci95']:.2f}"
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

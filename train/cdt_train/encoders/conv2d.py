@@ -7,38 +7,42 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+
+GRID = 32
+"""Pixels of the tile's side that one token stands for."""
 
 
 class PathEncoder(nn.Module):
-    """A stem that keeps what is fine, three strided stages of plain convolutions, tokens.
+    """A strided stem, three strided stages of plain convolutions, tokens of the last two.
 
-    Scaling and standardising happen inside, so that the graph takes in bytes.
+    Nothing is pooled before the last stage but one: what tells tumours apart is fine. Scaling and
+    standardising happen inside, so that the graph takes in bytes. It takes tiles of any size that
+    is a multiple of 32, so that training can work on small cuttings.
 
     Args:
         channels: M, channels of a tile.
         widths: channels of the stem and of the three stages.
         feature_dim: C, width of a token.
-        image_size: height and width of a tile input, a multiple of 32.
     """
 
+    scales = 2
     mean: Tensor
     std: Tensor
 
-    def __init__(
-        self, channels: int, widths: Sequence[int], feature_dim: int, image_size: int
-    ) -> None:
+    def __init__(self, channels: int, widths: Sequence[int], feature_dim: int) -> None:
         super().__init__()
-        self.token_count = (image_size // 32) ** 2
+        self.feature_dim = feature_dim
         self.register_buffer("mean", torch.zeros(channels, 1, 1))
         self.register_buffer("std", torch.ones(channels, 1, 1))
-        self.stem = nn.Sequential(_block(channels, widths[0], kernel=5, stride=2), nn.MaxPool2d(2))
-        self.stages = nn.Sequential(
-            *(
-                nn.Sequential(_block(before, after, stride=2), _block(after, after))
-                for before, after in itertools.pairwise(widths)
-            )
+        self.stem = _block(channels, widths[0], kernel=5, stride=2)
+        self.stages = nn.ModuleList(
+            nn.Sequential(_block(before, after, stride=2), _block(after, after))
+            for before, after in itertools.pairwise(widths)
         )
-        self.project = nn.Linear(widths[-1], feature_dim)
+        self.project = nn.ModuleList(
+            nn.Linear(width, feature_dim) for width in widths[-self.scales :]
+        )
 
     @torch.no_grad()
     def standardise_by(self, tiles: Tensor) -> None:
@@ -59,12 +63,19 @@ class PathEncoder(nn.Module):
             tile: `(B, M, S, S)`, uint8 in 0 to 255 or float in 0 to 1.
 
         Returns:
-            `(B, N, C)` tokens, N = (S / 32) squared.
+            `(B, N, C)` tokens: (S / 32) squared of the last stage but one, then as many of the
+            last, each in rows from the top left.
         """
-        standard = (unit_scale(tile).to(self.mean.dtype) - self.mean) / self.std
-        features = self.stages(self.stem(standard))
-        tokens: Tensor = self.project(features.flatten(2).transpose(1, 2))
-        return tokens
+        features = self.stem((unit_scale(tile).to(self.mean.dtype) - self.mean) / self.std)
+        side = tile.shape[-1] // GRID
+        tokens = []
+        for position, stage in enumerate(self.stages):
+            features = stage(features)
+            scale = position - len(self.stages) + self.scales
+            if scale >= 0:
+                pooled = functional.avg_pool2d(features, features.shape[-1] // side)
+                tokens.append(self.project[scale](pooled.flatten(2).transpose(1, 2)))
+        return torch.cat(tokens, dim=1)
 
 
 def unit_scale(tile: Tensor) -> Tensor:

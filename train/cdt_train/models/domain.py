@@ -41,6 +41,8 @@ def ramp(progress: float, top: float) -> float:
 class DomainDiscriminator(nn.Module):
     """Tells pooled CT features from pooled tile features.
 
+    Its last layer starts at zero: it begins undecided, at an accuracy of one half.
+
     Args:
         feature_dim: C.
         hidden: width of the hidden layer.
@@ -48,12 +50,15 @@ class DomainDiscriminator(nn.Module):
 
     def __init__(self, feature_dim: int, hidden: int = 128) -> None:
         super().__init__()
+        last = nn.Linear(hidden, 1)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
         self.layers = nn.Sequential(
             # Of bounded size, or the two sides could win by growing without end.
             nn.LayerNorm(feature_dim, elementwise_affine=False),
             nn.Linear(feature_dim, hidden),
             nn.ReLU(),
-            nn.Linear(hidden, 1),
+            last,
         )
 
     def forward(self, tiles: Tensor, ct: Tensor, strength: float) -> tuple[Tensor, Tensor]:
@@ -62,18 +67,55 @@ class DomainDiscriminator(nn.Module):
         Both count alike, however many tiles stand against one CT.
 
         Args:
-            tiles: `(B, C)`.
-            ct: `(1, C)`.
+            tiles: `(B, N, C)`, pooled over N.
+            ct: `(A, T, C)`, pooled over T.
             strength: of the reversal.
 
         Returns:
-            The loss, and the balanced accuracy of the discriminator.
+            The loss, and the balanced accuracy of the discriminator (undecided counts half).
         """
-        tile_score = self.layers(reverse_gradient(tiles, strength))
-        ct_score = self.layers(reverse_gradient(ct, strength))
+        tile_score = self.layers(reverse_gradient(tiles.mean(dim=1), strength))
+        ct_score = self.layers(reverse_gradient(ct.mean(dim=1), strength))
         loss = 0.5 * (
             functional.binary_cross_entropy_with_logits(tile_score, torch.zeros_like(tile_score))
             + functional.binary_cross_entropy_with_logits(ct_score, torch.ones_like(ct_score))
         )
-        accuracy = 0.5 * ((tile_score < 0).float().mean() + (ct_score > 0).float().mean())
-        return loss, accuracy
+        right = torch.sign(ct_score).mean() - torch.sign(tile_score).mean()
+        return loss, 0.5 + 0.25 * right.detach()
+
+
+def coral(tiles: Tensor, ct: Tensor) -> Tensor:
+    """Distance between the covariances of tile tokens `(B, N, C)` and CT tokens `(A, T, C)`.
+
+    Source: Sun and Saenko 2016 (Deep CORAL), eq. 1.
+    """
+    first, second = (_covariance(side.flatten(0, 1).float()) for side in (tiles, ct))
+    return (first - second).square().sum() / (4 * first.shape[0] ** 2)
+
+
+def mmd(tiles: Tensor, ct: Tensor, most: int = 256) -> Tensor:
+    """Squared maximum mean discrepancy of tile tokens `(B, N, C)` and CT tokens `(A, T, C)`.
+
+    Five Gaussian kernels around the mean squared distance, on at most `most` evenly spaced tokens
+    of each side.
+
+    Source: Gretton et al. 2012, eq. 5; the kernels as in Long et al. 2015.
+    """
+    sides = [_evenly(side.flatten(0, 1).float(), most) for side in (tiles, ct)]
+    tokens = torch.cat(sides)
+    squared = (tokens[:, None] - tokens[None]).square().sum(dim=-1)
+    width = squared.detach().mean().clamp_min(1e-6)
+    kernel = sum(torch.exp(-squared / (width * 2.0**power)) for power in range(-2, 3))
+    assert isinstance(kernel, Tensor)
+    count = len(sides[0])
+    within = kernel[:count, :count].mean() + kernel[count:, count:].mean()
+    return within - 2 * kernel[:count, count:].mean()
+
+
+def _covariance(tokens: Tensor) -> Tensor:
+    centred = tokens - tokens.mean(dim=0)
+    return centred.T @ centred / max(1, len(tokens) - 1)
+
+
+def _evenly(tokens: Tensor, most: int) -> Tensor:
+    return tokens[:: -(-len(tokens) // most)]

@@ -48,28 +48,27 @@ class TransferModel(nn.Module):
         """Encode a CT, or stand in for none.
 
         Args:
-            ct: `(1, W, D, S, S)` or None.
+            ct: `(A, W, D, S, S)` or None.
 
         Returns:
-            CT tokens `(1, T, C)` and presence `(1,)`.
+            CT tokens `(A, T, C)` and presence `(A,)`; for None one stand-in that is not present.
         """
         like = self.head.log_scale
         if ct is None:
-            width = self.bridge.null_key.shape[-1]
-            return like.new_zeros(1, 1, width), like.new_zeros(1)
-        return self.ct_encoder(ct), like.new_ones(1)
+            return torch.zeros_like(self.bridge.bank), like.new_zeros(1)
+        return self.ct_encoder(ct), like.new_ones(len(ct))
 
 
 def build_model(
     *,
     channels: int,
     n_classes: int,
-    image_size: int,
     windows: int,
     feature_dim: int,
     num_heads: int,
     path_widths: Sequence[int],
     ct_widths: Sequence[int],
+    bank_size: int,
     seed: int,
 ) -> TransferModel:
     """Build the model with seeded weights; `ModelRecipe` and `DataRecipe` describe the numbers."""
@@ -77,8 +76,8 @@ def build_model(
         torch.manual_seed(seed)
         return TransferModel(
             CtEncoder(windows, ct_widths, feature_dim),
-            PathEncoder(channels, path_widths, feature_dim, image_size),
-            Bridge(feature_dim, num_heads),
+            PathEncoder(channels, path_widths, feature_dim),
+            Bridge(feature_dim, num_heads, n_classes, bank_size),
             PrototypicalHead(),
             DomainDiscriminator(feature_dim),
             nn.Linear(feature_dim, n_classes),
