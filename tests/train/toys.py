@@ -1,0 +1,54 @@
+"""A tiny backbone and a tiny labelled data set for the tests of supervised training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from cdt_train.data.labelled import LabelledArrays
+from cdt_train.encoders.backbones import Backbone
+
+
+def net(seed: int = 0) -> Backbone:
+    """Four tokens of 8 channels from images of 16 pixels or voxels."""
+    torch.manual_seed(seed)
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(1, 8, 8, 8)
+            self.norm = nn.BatchNorm2d(8)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            flat = images.mean(dim=2) if images.ndim == 5 else images
+            features: torch.Tensor = self.norm(self.conv(flat)).relu()
+            return features.flatten(2).transpose(1, 2)
+
+    return Backbone(Net(), 8)
+
+
+def toy(task: Any = "binary", splits: tuple[str, ...] = ("train", "val"), **options: Any) -> Any:
+    """Images whose brightness tells the class; two of each group."""
+    rng = np.random.default_rng(0)
+    classes = 2 if task == "binary" else 3
+    truth = np.tile(np.repeat(np.arange(classes), 2), 16)
+    count = len(truth)
+    shape = options.get("shape", (1, 16, 16))
+    images = rng.normal(size=(count, *shape)) * 40 + 60 * truth.reshape(-1, *(1,) * len(shape)) + 60
+    targets: Any = truth
+    if task == "multilabel":
+        targets = np.stack([truth > 0, truth > 1], axis=1).astype(np.float32)
+    return LabelledArrays(
+        images=images.clip(0, 255).astype(np.uint8),
+        targets=targets,
+        task=task,
+        classes=("a", "b", "c")[: targets.shape[1] if task == "multilabel" else classes],
+        groups=np.arange(count) // 2,
+        split=np.array([splits[i // (2 * classes) % len(splits)] for i in range(count)]),
+        names=tuple(map(str, range(count))),
+        warnings=(),
+        fingerprint="toy",
+    )
