@@ -93,6 +93,7 @@ class TrainingRecipe(_Section):
     encoder_steps: int = Field(20, ge=1, description="batches an epoch")
     encoder_batch_size: int = Field(32, ge=4)
     encoder_learning_rate: float = Field(2e-3, gt=0)
+    cutmix: float = Field(0.0, ge=0, le=1, description="chance of a batch of mixed tiles")
     supcon_weight: float = Field(0.5, ge=0, description="of the supervised contrastive loss")
     view_weight: float = Field(
         0.0, ge=0, description="of the contrast of two views of a tile, which knows no class"

@@ -66,6 +66,8 @@ class Engine:
 
         chosen = choose_device(device)
         kind = choose_precision(precision, chosen)
+        # Averages and optimiser states decay into denormals, which a CPU multiplies very slowly.
+        torch.set_flush_denormal(True)
         # Accelerate keeps one state a process and would refuse a second engine with another.
         AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
         accelerator = Accelerator(

@@ -239,6 +239,7 @@ def _train_tiles(run: FoldRun) -> tuple[list[dict[str, float]], dict[str, Tensor
             run.fold.val_episodes[training.k_shot],
             augmentation=_augmentation(run),
             batch_size=training.encoder_batch_size,
+            cutmix=training.cutmix,
             supcon_weight=training.supcon_weight,
             view_weight=training.view_weight,
             seed=run.seed,

@@ -39,12 +39,15 @@ class TilePhase:
         val_episodes: fixed episodes over `val`.
         augmentation: of the tiles.
         batch_size: tiles a step.
+        cutmix: chance of a batch whose tiles each hold a patch of another; it is classified by
+            both labels, by area, and not contrasted by class.
         supcon_weight: of the supervised contrastive loss.
         view_weight: of the contrast of two views; it doubles the work of a step.
         seed: of every random number.
         device: where the model lives.
 
-    Source: Khosla et al. 2020 for the contrast of classes, Chen et al. 2020 for that of views.
+    Source: Khosla et al. 2020 for the contrast of classes, Chen et al. 2020 for that of views, Yun
+    et al. 2019 for CutMix.
     """
 
     name = "phase 2 (tiles)"
@@ -58,6 +61,7 @@ class TilePhase:
         *,
         augmentation: TileAugmentation,
         batch_size: int,
+        cutmix: float,
         supcon_weight: float,
         view_weight: float,
         seed: int,
@@ -78,30 +82,36 @@ class TilePhase:
         self._tiles, self._labels = augmentation.shrink(train.tiles), train.labels
         self._groups = _tiles_of_groups(train)
         self._augmentation, self._batch_size = augmentation, batch_size
+        self._cutmix = cutmix
         self._supcon_weight, self._view_weight = supcon_weight, view_weight
         self._seed, self._device = seed, device
 
     def step(self, index: int, progress: float) -> dict[str, Tensor]:
         """Classify and contrast one batch; `progress` is not used."""
-        chosen = self._draw(np.random.default_rng([self._seed, index]))
-        truth = torch.from_numpy(self._labels[chosen]).to(self._device)
-        views = 2 if self._view_weight > 0 else 1
+        rng = np.random.default_rng([self._seed, index])
         generator = torch.Generator().manual_seed(step_seed(self._seed, index))
-        pooled = self._pooled(np.tile(chosen, views), generator)
-        labels = truth.repeat(views)
+        views = 2 if self._view_weight > 0 else 1
+        chosen = np.tile(self._draw(rng), views)
+        tiles = self._augmentation(self._tiles[torch.from_numpy(chosen)], generator)
+        labels = torch.from_numpy(self._labels[chosen]).to(self._device)
+        mixed = rng.random() < self._cutmix
+        partners, kept = torch.arange(len(tiles)), 1.0
+        if mixed:
+            tiles, partners, kept = cut_and_mix(tiles, rng)
+        pooled = self._pooled(tiles)
         scores = self._model.classifier(pooled)
-        plain = functional.cross_entropy(scores, labels, label_smoothing=LABEL_SMOOTHING)
-        terms = {
-            "classifier_loss": plain,
-            "accuracy": (scores.argmax(dim=1) == labels).float().mean(),
-        }
+        plain = kept * _classified(scores, labels) + (1 - kept) * _classified(
+            scores, labels[partners.to(self._device)]
+        )
+        terms = {"classifier_loss": plain}
         loss = plain
-        if self._supcon_weight > 0:
-            terms["class_contrast"] = supervised_contrast(
-                self._by_class(pooled), labels, SUPCON_TEMPERATURE
-            )
+        if not mixed:
+            terms["accuracy"] = (scores.argmax(dim=1) == labels).float().mean()
+        if self._supcon_weight > 0 and not mixed:
+            projected = self._by_class(pooled)
+            terms["class_contrast"] = supervised_contrast(projected, labels, SUPCON_TEMPERATURE)
             loss = loss + self._supcon_weight * terms["class_contrast"]
-        if views == 2:
+        if views == 2 and not mixed:
             terms["view_contrast"], _ = contrast(self._by_view(pooled), VIEW_TEMPERATURE)
             loss = loss + self._view_weight * terms["view_contrast"]
         return {"loss": loss, **terms}
@@ -113,8 +123,7 @@ class TilePhase:
         scores = score_episodes(embeddings, self._val_episodes, 10.0)
         return {"score": scores.accuracy, "val_accuracy": scores.accuracy, "val_loss": scores.nll}
 
-    def _pooled(self, chosen: NDArray[np.int64], generator: torch.Generator) -> Tensor:
-        tiles = self._augmentation(self._tiles[torch.from_numpy(chosen)], generator)
+    def _pooled(self, tiles: Tensor) -> Tensor:
         placed = tiles.to(self._device, memory_format=torch.channels_last)
         tokens: Tensor = self._model.path_encoder(placed)
         return tokens.mean(dim=1)
@@ -128,6 +137,28 @@ class TilePhase:
             order = np.concatenate([rng.permutation(len(groups)) for _ in range(rounds)])[:each]
             chosen += [int(rng.choice(groups[index])) for index in order]
         return np.array(chosen, dtype=np.int64)
+
+
+def cut_and_mix(tiles: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor, float]:
+    """Put into each tile a square patch of another, all in the same place.
+
+    Args:
+        tiles: `(B, M, S, S)`.
+        rng: draws partners, size and place.
+
+    Returns:
+        The mixed tiles, each one's partner `(B,)`, and the share of the area that is its own.
+
+    Source: Yun et al. 2019, eq. 1 and 2.
+    """
+    size = tiles.shape[-1]
+    partners = torch.from_numpy(rng.permutation(len(tiles)))
+    side = int(size * math.sqrt(1 - rng.random()))
+    top, left = (int(start) for start in rng.integers(0, size - side + 1, 2))
+    patch = (..., slice(top, top + side), slice(left, left + side))
+    mixed = tiles.clone()
+    mixed[patch] = tiles[partners][patch]
+    return mixed, partners, 1 - (side / size) ** 2
 
 
 def supervised_contrast(projected: Tensor, labels: Tensor, temperature: float) -> Tensor:
@@ -146,6 +177,10 @@ def supervised_contrast(projected: Tensor, labels: Tensor, temperature: float) -
     shares = cosines - cosines.logsumexp(dim=1, keepdim=True)
     alike = (labels[:, None] == labels[None]) & ~itself
     return -((shares * alike).sum(dim=1) / alike.sum(dim=1).clamp_min(1)).mean()
+
+
+def _classified(scores: Tensor, labels: Tensor) -> Tensor:
+    return functional.cross_entropy(scores, labels, label_smoothing=LABEL_SMOOTHING)
 
 
 def _tiles_of_groups(tiles: TileArrays) -> list[list[NDArray[np.int64]]]:

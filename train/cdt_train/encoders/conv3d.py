@@ -30,7 +30,8 @@ class CtEncoder(nn.Module):
         self.feature_dim = feature_dim
         self.stem = nn.Conv3d(windows, widths[0], 3, (1, 2, 2), 1)
         self.stages = nn.ModuleList(
-            nn.Sequential(nn.Conv3d(before, after, 3, 2, 1), GroupNorm(8, after), _Residual(after))
+            # No normalisation on the main path: it would take away how dense tissue is.
+            nn.Sequential(nn.Conv3d(before, after, 3, 2, 1), _Residual(after))
             for before, after in itertools.pairwise(widths)
         )
         self.project = nn.ModuleList(
