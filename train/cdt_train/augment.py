@@ -107,6 +107,31 @@ def paired_views(volumes: Tensor, generator: Generator) -> tuple[Tensor, Tensor]
     return jitter_ct(moved, generator), places
 
 
+def stretch_cubes(cubes: Tensor, side: int, generator: Generator) -> Tensor:
+    """Turn, shear, stretch and mirror cubes a little, each on its own, and take their middle.
+
+    Patients differ in size and lie askew: what an encoder learns of two must hold for a third.
+
+    Args:
+        cubes: `(B, W, S, S, S)`.
+        side: of what comes out, less than S.
+        generator: source of every random number.
+
+    Returns:
+        `(B, W, side, side, side)`.
+    """
+    count = len(cubes)
+    bent = torch.eye(3) + 0.05 * torch.randn(count, 3, 3, generator=generator)
+    scale = torch.exp(0.1 * torch.randn(count, 1, 3, generator=generator))
+    mirror = torch.ones(count, 1, 3)
+    mirror[:, 0, 0] = torch.where(torch.rand(count, generator=generator) < 0.5, -1.0, 1.0)
+    theta = torch.zeros(count, 3, 4)
+    theta[:, :, :3] = bent * scale * mirror * (side / cubes.shape[-1])
+    shape = [count, cubes.shape[1], side, side, side]
+    grid = functional.affine_grid(theta, shape, align_corners=False)
+    return functional.grid_sample(cubes, grid, padding_mode="border", align_corners=False)
+
+
 def jitter_ct(volumes: Tensor, generator: Generator) -> Tensor:
     """Change contrast and brightness of each volume `(B, W, D, H, W)` and add noise."""
     shape = (len(volumes), 1, 1, 1, 1)

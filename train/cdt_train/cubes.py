@@ -13,6 +13,9 @@ from torch import Tensor
 SIDE = 32
 """Voxels of a cube's side: 64 mm at 2 mm."""
 
+ROOM = 48
+"""Voxels of the side that is cut, so that a cube can be turned and stretched within it."""
+
 SHIFT = 6
 """Most voxels, along an axis, between the two cubes of a pair."""
 
@@ -29,7 +32,7 @@ class Cubes:
     """Cubes and where they lie.
 
     Attributes:
-        pixels: `(B, 1, 32, 32, 32)` float32 HU.
+        pixels: `(B, 1, 48, 48, 48)` float32 HU: the cube's 32 voxels, and room around them.
         places: `(B, 3)` in decimetres: z, y, and the distance from the middle of the volume along
             x, so that left and right are alike.
         volume: `(B,)` int64, which volume each was cut from; places compare within one alone.
@@ -57,7 +60,7 @@ def draw_pairs(volumes: Sequence[Tensor], count: int, rng: np.random.Generator) 
         for v, centre in zip(which, first, strict=True)
     ]
     centres, owners = [*first, *second], np.concatenate([which, which])
-    pixels = [cut_cube(volumes[v], c) for v, c in zip(owners, centres, strict=True)]
+    pixels = [cut_cube(volumes[v], c, ROOM) for v, c in zip(owners, centres, strict=True)]
     middles = np.array([volumes[v].shape[2] / 2 for v in owners])
     places = np.array(centres, dtype=np.float32) / UNIT_VOXELS
     places[:, 2] = np.abs(places[:, 2] - middles / UNIT_VOXELS)
@@ -66,18 +69,19 @@ def draw_pairs(volumes: Sequence[Tensor], count: int, rng: np.random.Generator) 
     )
 
 
-def cut_cube(volume: Tensor, centre: NDArray[np.int64]) -> Tensor:
+def cut_cube(volume: Tensor, centre: NDArray[np.int64], side: int = SIDE) -> Tensor:
     """Cut the cube around a voxel; beyond the volume its outermost voxels repeat.
 
     Args:
         volume: `(D, H, W)`.
         centre: z, y, x.
+        side: voxels of its side.
 
     Returns:
-        `(32, 32, 32)`.
+        `(side, side, side)`.
     """
     axes = [
-        torch.arange(int(c) - SIDE // 2, int(c) + SIDE // 2).clamp(0, size - 1)
+        torch.arange(int(c) - side // 2, int(c) + side // 2).clamp(0, size - 1)
         for c, size in zip(centre, volume.shape, strict=True)
     ]
     return volume[axes[0]][:, axes[1]][:, :, axes[2]]

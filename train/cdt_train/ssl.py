@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cdt_train.augment import jitter_ct, paired_views
-from cdt_train.cubes import draw_pairs, windowed
+from cdt_train.augment import jitter_ct, paired_views, stretch_cubes
+from cdt_train.cubes import SIDE, draw_pairs, windowed
 from cdt_train.encoders.conv3d import CtEncoder
 from cdt_train.seeding import step_seed
 
@@ -101,8 +101,8 @@ class CtPhase:
         self, generator: torch.Generator, rng: np.random.Generator
     ) -> tuple[Tensor, Tensor, Tensor]:
         cubes = draw_pairs(self._fine, self._batch_size, rng)
-        pixels = windowed(cubes.pixels, self._windows)
-        return jitter_ct(_mirrored(pixels, generator), generator), cubes.places, cubes.volume
+        pixels = windowed(stretch_cubes(cubes.pixels, SIDE, generator), self._windows)
+        return jitter_ct(pixels, generator), cubes.places, cubes.volume
 
     def _views(
         self, generator: torch.Generator, rng: np.random.Generator
@@ -161,9 +161,3 @@ def _head(width: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(
         nn.BatchNorm1d(width), nn.Linear(width, 128), nn.ReLU(), nn.Linear(128, outputs)
     )
-
-
-def _mirrored(pixels: Tensor, generator: torch.Generator) -> Tensor:
-    """Swap left and right of every other cube, by chance."""
-    swap = torch.rand(len(pixels), generator=generator) < 0.5
-    return torch.where(swap[:, None, None, None, None], pixels.flip(-1), pixels)
