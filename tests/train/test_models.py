@@ -1,10 +1,19 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
 from cdt_train.models.bridge import Bridge
-from cdt_train.models.domain import DomainDiscriminator, ramp, reverse_gradient
+from cdt_train.models.domain import (
+    DomainDiscriminator,
+    coral,
+    mmd,
+    ramp,
+    reverse_gradient,
+)
+from cdt_train.models.layers import Centre
 from cdt_train.models.prototypical import PrototypicalHead, class_means
 from cdt_train.models.transfer_model import TransferModel, build_model
 
@@ -154,3 +163,68 @@ def test_tiles_are_standardised_by_their_training_statistics() -> None:
     standard = (unit - whole.path_encoder.mean) / whole.path_encoder.std
     assert standard.mean(dim=(0, 2, 3)).abs().max() < 1e-4
     assert (standard.std(dim=(0, 2, 3)) - 1).abs().max() < 1e-3
+
+
+def test_each_tile_may_have_a_ct_of_its_own_or_none() -> None:
+    whole = model()
+    with torch.no_grad():
+        whole.bridge.gate.fill_(1.0)
+    tokens = whole.path_encoder(tiles())
+    first, second = whole.context(CT)[0], whole.context(-CT)[0]
+    contexts = torch.cat([first, second, torch.zeros_like(first)])
+    mixed = whole.bridge(tokens, contexts, torch.tensor([1.0, 1.0, 0.0]))
+    for row, ct in enumerate((CT, -CT, None)):
+        alone = whole.bridge(tokens[row : row + 1], *whole.context(ct))
+        assert torch.allclose(mixed[row], alone[0], atol=1e-6)
+
+
+def test_foundation_tokens_join_the_context_and_absent_ones_change_nothing() -> None:
+    whole = model()
+    with torch.no_grad():
+        whole.bridge.gate.fill_(1.0)
+    tokens, (ct, present) = whole.path_encoder(tiles()), whole.context(CT)
+    extra = torch.randn(1, 3, 32, generator=torch.Generator().manual_seed(2))
+    plain = whole.bridge(tokens, ct, present)
+    joined = whole.bridge(tokens, ct, present, extra)
+    assert not torch.allclose(plain, joined, atol=1e-4)
+    absent = whole.bridge(tokens, ct, present, extra, torch.zeros(1, 3))
+    assert torch.allclose(plain, absent, atol=1e-6)
+    alone = whole.bridge(tokens, *whole.context(None))
+    nothing = whole.bridge(tokens, *whole.context(None), extra, torch.zeros(1, 3))
+    assert torch.equal(alone, nothing)
+    assert not torch.allclose(alone, whole.bridge(tokens, *whole.context(None), extra), atol=1e-4)
+
+
+def test_attention_tells_the_scales_of_the_ct_apart() -> None:
+    whole = model()
+    tokens, (ct, _) = whole.path_encoder(tiles()), whole.context(CT)
+    alike = ct[:, :1].expand(-1, 2, -1)
+    weights = whole.bridge.attention(tokens, alike)
+    assert not torch.allclose(weights[..., 0], weights[..., 1])
+    with torch.no_grad():
+        whole.bridge.ct_scale.zero_()
+    weights = whole.bridge.attention(tokens, alike)
+    assert torch.allclose(weights[..., 0], weights[..., 1])
+
+
+@pytest.mark.parametrize("distance", [coral, mmd])
+def test_alignment_distances_are_zero_for_one_domain_and_grow_with_the_gap(
+    distance: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    side = torch.randn(2, 40, 8, generator=generator)
+    assert distance(side, side).abs() < 1e-6
+    near, far = distance(side, side * 1.2 + 0.1), distance(side, side * 2 + 1)
+    assert 0 < near < far
+
+
+def test_the_settled_embedding_favours_what_parts_the_classes() -> None:
+    centre = Centre(3, 1).eval()
+    labels = torch.tensor([0, 0, 1, 1])
+    vectors = torch.tensor([[1.0, 3, 5], [1, -3, 5], [-1, 3, 5], [-1, -3, 5]])
+    centre.settle(vectors, labels, 0.25)
+    assert centre.mean.tolist() == [0, 0, 5]
+    expected = torch.tensor([[1.0, 0.75, 0], [1, -0.75, 0], [-1, 0.75, 0], [-1, -0.75, 0]])
+    assert torch.allclose(centre(vectors), expected, atol=1e-6)
+    centre.settle(vectors, labels, 1.0)
+    assert torch.allclose(centre(vectors), vectors - centre.mean, atol=1e-6)
