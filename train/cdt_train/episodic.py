@@ -14,7 +14,7 @@ from torch.nn import functional
 from cdt_train.augment import TileAugmentation
 from cdt_train.contexts import Contexts
 from cdt_train.data.arrays import TileArrays
-from cdt_train.embed import embed_tiles
+from cdt_train.embed import embed_tokens, tile_tokens
 from cdt_train.episodes import Episode, EpisodeSampler
 from cdt_train.models.domain import coral, mmd, ramp
 from cdt_train.models.prototypical import class_means
@@ -66,6 +66,8 @@ class EpisodicPhase:
         seed: of every random number.
         device: where the model lives.
         name: shown to the user.
+        val_contexts: the CT of validation patients, where they have one: the best epoch is then
+            the one that answers best with it.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class EpisodicPhase:
         seed: int,
         device: torch.device,
         name: str = "phase 3 (episodes)",
+        val_contexts: Contexts | None = None,
     ) -> None:
         self.name = name
         self.model: nn.Module = model.to(device)
@@ -89,7 +92,7 @@ class EpisodicPhase:
         self._contexts, self._sampler, self._val_episodes = contexts, sampler, val_episodes
         self._tiles = augmentation.shrink(train.tiles)
         self._augmentation, self._recipe = augmentation, recipe
-        self._seed, self._device = seed, device
+        self._seed, self._device, self._val_contexts = seed, device, val_contexts
 
     def step(self, index: int, progress: float) -> dict[str, Tensor]:
         """Compute the losses of one episode."""
@@ -115,8 +118,11 @@ class EpisodicPhase:
         return {"loss": loss, **terms}
 
     def validate(self) -> dict[str, float]:
-        """Measure accuracy and loss on the validation episodes, without CT."""
-        embeddings = embed_tiles(self._model, self._val.tiles, None, self._device)
+        """Measure accuracy and loss on the validation episodes."""
+        tokens = tile_tokens(self._model, self._val.tiles, self._device)
+        own = self._val_contexts
+        context = own.of_tiles(self._val.groups) if own else self._model.context(None)
+        embeddings = embed_tokens(self._model, tokens, context)
         scale = float(self._model.head.scale.item())
         scores = score_episodes(embeddings, self._val_episodes, scale)
         gate = float(torch.tanh(self._model.bridge.gate).item())

@@ -307,7 +307,7 @@ def _train_episodes(
         domain_weight=training.domain_weight,
     )
     model = _started(run, features, ct_encoder)
-    phase = _episodes(run, model, recipe, "phase 3 (episodes)")
+    phase = _episodes(run, model, recipe, "phase 3 (episodes)", with_ct=run.data.paired)
     schedule = _schedule(run, training.num_epochs, training.episodes_per_epoch)
     best_path = run.fold.folder / "best_model.pt"
     return train_phase(phase, schedule, _saved(run, "checkpoint", best_path), run.engine)
@@ -324,11 +324,18 @@ def _started(
 
 
 def _episodes(
-    run: FoldRun, model: TransferModel, recipe: EpisodeRecipe, name: str
+    run: FoldRun,
+    model: TransferModel,
+    recipe: EpisodeRecipe,
+    name: str,
+    *,
+    with_ct: bool = False,
 ) -> EpisodicPhase:
     fold, device = run.fold, run.engine.device
     model.to(device)
-    contexts = Contexts.encode(model.ct_encoder, fold.ct, run.data.patients, device)
+    patients = run.data.patients
+    contexts = Contexts.encode(model.ct_encoder, fold.ct, patients, device)
+    everyone = Contexts.encode(model.ct_encoder, run.data.ct, patients, device) if with_ct else None
     return EpisodicPhase(
         model,
         fold.train,
@@ -341,6 +348,7 @@ def _episodes(
         seed=run.seed,
         device=device,
         name=name,
+        val_contexts=everyone,
     )
 
 
