@@ -193,10 +193,13 @@ def evaluate_fold(
     return Tested(record, scores, embedded)
 
 
-def _calibration(run: FoldRun, val: Scores, heat: Mapping[int, float], scale: float) -> Any:
+def _calibration(
+    run: FoldRun, val: Scores, found: Mapping[str, Mapping[int, float]], scale: float
+) -> dict[str, Any]:
     """Record the temperatures, and whether the validation tiles speak for a CT context."""
     k = run.recipe.training.k_shot
     name = "with_ct" if "with_ct" in val else "without_ct"
+    heat = found["without_ct"]
     at_bound = min(abs(heat[k] / bound - 1) for bound in TEMPERATURES) < 1e-6
     if at_bound:
         say(
@@ -216,8 +219,9 @@ def _calibration(run: FoldRun, val: Scores, heat: Mapping[int, float], scale: fl
         "temperatures": {str(shots): value for shots, value in heat.items()},
         "at_bound": at_bound,
         "validation_tiles": len(run.fold.val),
+        "temperatures_with_ct": {str(shots): value for shots, value in found[name].items()},
         "ece_before": metrics(val[name][k])["ece"],
-        "ece_after": metrics(val[name][k], heat[k])["ece"],
+        "ece_after": metrics(val[name][k], found[name][k])["ece"],
         "ct_gain": gain,
         "ct_context": gain["mean"] - gain["ci95"] > 0,
     }

@@ -112,7 +112,8 @@ def fold_captions(folder: Path) -> dict[str, Path]:
 
 def _draw_decisions(fold: Fold, result: Mapping[str, Any], tested: Tested) -> None:
     calibration, classes = result["calibration"], fold.test.classes
-    k, heat = calibration["k_shot"], calibration["temperature"]
+    k = calibration["k_shot"]
+    heat = calibration["temperatures_with_ct"][str(k)]
     row = "with_ct" if "with_ct" in tested.scores else "without_ct"
     scores = tested.scores[row][k]
     drawn, raw = curves(scores, heat), curves(scores)

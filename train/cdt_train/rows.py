@@ -20,7 +20,7 @@ from cdt_train.episodes import Episode
 from cdt_train.intervals import bootstrap_groups, paired_difference
 from cdt_train.metrics import expected_calibration_error, metrics
 from cdt_train.models.transfer_model import TransferModel
-from cdt_train.scores import EpisodeScores, score_in_contexts, together
+from cdt_train.scores import EpisodeScores, score_in_contexts
 
 ROWS = {
     "with_ct": "with CT",
@@ -34,8 +34,16 @@ ROWS = {
     "colour_statistics": "colour statistics",
     "permuted_labels": "permuted labels",
 }
-CALIBRATED = ("with_ct", "without_ct", "wrong_ct", "noise_ct", "context_bank", "permuted_labels")
-"""Rows that share the model's temperatures; others make no probabilities that are claimed."""
+CALIBRATED = {
+    "with_ct": "with_ct",
+    "without_ct": "without_ct",
+    "wrong_ct": "with_ct",
+    "noise_ct": "with_ct",
+    "context_bank": "with_ct",
+    "permuted_labels": "without_ct",
+}
+"""Rows of the model, and whose temperatures they use: a CT that says something makes answers
+surer than they are without. Other rows make no probabilities that are claimed."""
 
 PROBABILISTIC = ("ece", "brier", "nll")
 
@@ -159,16 +167,25 @@ def score_rows(
     return {name: rows[name] for name in ROWS if name in rows}
 
 
-def temperatures(scores: Scores) -> dict[int, float]:
-    """Fit one temperature for each K, for answers with a CT and without."""
-    rows = [scores[name] for name in ("with_ct", "without_ct") if name in scores]
-    return calibrate({k: together([row[k] for row in rows]) for k in rows[0]})
+def temperatures(scores: Scores) -> dict[str, dict[int, float]]:
+    """Fit one temperature for each K, with a CT and without."""
+    return {row: calibrate(scores[row]) for row in ("with_ct", "without_ct") if row in scores}
 
 
-def measure(scores: Scores, heat: Mapping[int, float]) -> dict[str, dict[str, dict[str, Any]]]:
-    """Compute every metric of every row and K (as text, for JSON)."""
+def measure(
+    scores: Scores, heat: Mapping[str, Mapping[int, float]]
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """Compute every metric of every row and K (as text, for JSON).
+
+    Args:
+        scores: of each row and K.
+        heat: as `temperatures` gives it for the validation tiles.
+    """
     return {
-        row: {str(k): _measured(row, found, heat[k]) for k, found in by_k.items()}
+        row: {
+            str(k): _measured(found, heat.get(CALIBRATED.get(row, "")), k)
+            for k, found in by_k.items()
+        }
         for row, by_k in scores.items()
     }
 
@@ -197,8 +214,9 @@ def over_groups(scores: Scores, tiles: TileArrays, seed: int) -> dict[str, Any]:
     }
 
 
-def _measured(row: str, scores: EpisodeScores, temperature: float) -> dict[str, Any]:
-    if row in CALIBRATED:
+def _measured(scores: EpisodeScores, heat: Mapping[int, float] | None, k: int) -> dict[str, Any]:
+    if heat is not None:
+        temperature = heat[k]
         raw = expected_calibration_error(softmax(scores.logits), scores.truth)
         return {**metrics(scores, temperature), "ece_before": raw}
     found = metrics(scores)

@@ -132,7 +132,7 @@ def _calibration(folds: Folds) -> dict[str, dict[str, float]]:
     row = "with_ct" if "with_ct" in folds[0]["test"] else "without_ct"
     return {
         k: {
-            "temperature": _mean([fold["calibration"]["temperatures"][k] for fold in folds]),
+            "temperature": _mean([fold["calibration"]["temperatures_with_ct"][k] for fold in folds]),
             "ece_before": _mean([fold["test"][row][k]["ece_before"] for fold in folds]),
             "ece_after": _mean([fold["test"][row][k]["ece"] for fold in folds]),
         }
