@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from toys import net, toy
 
 from cdt_runtime.errors import CheckpointError, DatasetError, RecipeError
@@ -230,8 +231,25 @@ def test_chances_sum_to_one_or_stand_alone() -> None:
     assert chances_of(wide, "multilabel").shape == (3, 4)
 
 
+def test_a_probe_takes_tokens_of_any_scale_and_a_learning_backbone_keeps_its_own() -> None:
+    images = torch.rand(8, 1, 16, 16)
+    for frozen in (True, False):
+        answers = []
+        for scale in (1e3, 1e6):
+            backbone = net()
+            model = SupervisedModel(backbone, 1, None, frozen=frozen)
+            torch.manual_seed(1)
+            nn.init.normal_(model.head.weight)
+            inner = backbone.net.norm
+            inner.weight.data *= scale
+            inner.bias.data *= scale
+            answers.append(model.train()(images))
+        assert torch.allclose(answers[0], answers[1], atol=0.1) is frozen
+
+
 def test_mirrored_images_get_one_answer_with_tta_alone() -> None:
     model = SupervisedModel(net(), 1, None, frozen=False)
+    nn.init.normal_(model.head.weight)
     images = torch.rand(3, 1, 16, 16)
     plain, turned = (
         predict_logits(model, each, CPU, tta=False) for each in (images, images.flip(3))

@@ -25,9 +25,10 @@ class SupervisedModel(nn.Module):
     Args:
         backbone: images to tokens.
         outputs: number of logits.
-        adapter: what stands between tokens and their mean, or None: then the means are
-            standardised over the batch, so that a backbone of any scale suits one learning rate.
-        frozen: keep the backbone as it is, its running statistics too.
+        adapter: what stands between tokens and their mean, or None.
+        frozen: keep the backbone as it is, its running statistics too. Without an adapter the
+            token means are then standardised over the batch, so that a backbone of any scale suits
+            one learning rate; one that learns would amplify its noise by that, and learn little.
     """
 
     def __init__(
@@ -36,8 +37,11 @@ class SupervisedModel(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.adapter = adapter or nn.Identity()
-        self.norm = nn.Identity() if adapter else nn.BatchNorm1d(backbone.width, affine=False)
+        probe = frozen and adapter is None
+        self.norm = nn.BatchNorm1d(backbone.width, affine=False) if probe else nn.Identity()
         self.head = nn.Linear(backbone.width, outputs)
+        nn.init.zeros_(self.head.weight)  # the first steps are spent on signal, not on noise
+        nn.init.zeros_(self.head.bias)
         self.frozen = False
         self.freeze(frozen)
 
