@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,7 +22,7 @@ from cdt_train.embed import embed_tiles, tile_tokens
 from cdt_train.engine import Engine
 from cdt_train.episodic import EpisodeRecipe, EpisodicPhase
 from cdt_train.fold_pictures import draw_fold
-from cdt_train.intervals import paired_difference
+from cdt_train.intervals import bootstrap_groups
 from cdt_train.loop import Run, Schedule, train_phase
 from cdt_train.metrics import metrics
 from cdt_train.models.transfer_model import TransferModel, build_model
@@ -206,11 +207,7 @@ def _calibration(
             f"warning: fold {run.fold.number}: the temperature stopped at its bound, {heat[k]:g}: "
             f"probabilities are not calibrated; train longer or add validation patients"
         )
-    gain = (
-        paired_difference(val["with_ct"][k], val["without_ct"][k])
-        if "with_ct" in val
-        else {"mean": 0.0, "ci95": 0.0}
-    )
+    gain = _ct_gain(run, val, k)
     return {
         "k_shot": k,
         "fit": run.recipe.training.fit,
@@ -223,8 +220,22 @@ def _calibration(
         "ece_before": metrics(val[name][k])["ece"],
         "ece_after": metrics(val[name][k], found[name][k])["ece"],
         "ct_gain": gain,
-        "ct_context": gain["mean"] - gain["ci95"] > 0,
+        "ct_context": run.data.paired and gain["low"] > 0,
     }
+
+
+def _ct_gain(run: FoldRun, val: Scores, k: int) -> dict[str, float]:
+    """What the CT adds to accuracy on validation tiles, with an interval over their groups.
+
+    Episodes draw the same few tiles again and again: their own interval would be far too narrow.
+    """
+    if "with_ct" not in val:
+        return {"mean": 0.0, "ci95": 0.0, "low": 0.0, "high": 0.0, "groups": 0}
+    first, second = val["with_ct"][k], val["without_ct"][k]
+    change = first.correct.astype(np.float64) - second.correct
+    groups = run.fold.val.groups[first.queries]
+    found = bootstrap_groups(change, groups, seed=run.recipe.training.seed)
+    return {**found, "ci95": (found["high"] - found["low"]) / 2}
 
 
 def _train_tiles(run: FoldRun) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
