@@ -111,7 +111,7 @@ def test_the_command_trains_in_two_processes(
     done = torchrun("-m", "cdt_train.cli", *arguments, *tiny_recipe)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("next      cdt-export --checkpoint") == 1
-    assert done.stderr.count("phase 2 (episodes) 2/2: loss") == 2  # once a fold
+    assert done.stderr.count("phase 1 (CT) 2/2: loss") == 1
     assert torch.load(output / "best_model.pt", weights_only=True)["micro_steps"] == 2
     assert (output / "metrics.json").is_file()
 
