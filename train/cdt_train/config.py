@@ -129,6 +129,9 @@ class TrainingRecipe(_Section):
     # All phases.
     weight_decay: float = Field(5e-3, ge=0)
     warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps")
+    schedule: Literal["cosine", "plateau"] = Field(
+        "cosine", description="of phases 2 and 3: plateau lowers the rate when the score stands"
+    )
     ema_decay: float = Field(0.99, ge=0, lt=1, description="of the averaged weights; 0: none")
     patience: int | None = Field(
         None, ge=1, description="epochs without a better score before phases 2 and 3 stop"

@@ -387,6 +387,7 @@ def _schedule(run: FoldRun, epochs: int, steps: int) -> Schedule:
         training.learning_rate,
         training.weight_decay,
         training.warmup,
+        schedule=training.schedule,
         patience=training.patience,
         ema_decay=training.ema_decay,
         groups=_rates(training.encoder_rate),
