@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from cdt_runtime.preprocess import Preprocess
 from cdt_train.models.bridge import Bridge
-from cdt_train.models.layers import Centre
+from cdt_train.models.layers import Offset
 from cdt_train.models.prototypical import PrototypicalHead
 from cdt_train.models.transfer_model import TransferModel
 
@@ -68,7 +68,7 @@ class HalfPrecision(nn.Module):
         super().__init__()
         self.module = module.half()
         for part in self.module.modules():
-            if isinstance(part, Centre):
+            if isinstance(part, Offset):
                 part.float()
 
     def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:

@@ -112,7 +112,7 @@ class TrainingRecipe(_Section):
     )
     proxy_weight: float = Field(0.5, ge=0, description="of classifying every tile by class proxies")
     agreement_weight: float = Field(
-        0.1, ge=0, description="keeps the CT of another patient from changing an answer"
+        1.0, ge=0, description="keeps the CT of another patient from changing an answer"
     )
     domain_method: Literal["adversarial", "coral", "mmd", "none"] = "adversarial"
     domain_weight: float = Field(0.3, ge=0, description="top of the gradient-reversal ramp")

@@ -42,7 +42,11 @@ from cdt_train.split import TEST_CT, Fold
 from cdt_train.tile_phase import TilePhase
 
 GATE_RATE = 10.0
-"""Of the learning rate, for the bridge's gate: it starts closed and is a single number."""
+"""Of the learning rate, for the bridge's gate where CT and tiles are paired: it starts closed and
+is a single number. Unpaired it has nothing to open for."""
+
+SETTLING_CONTEXTS, SETTLING_TILES = 8, 256
+"""Volumes and tiles, at most, that the mean of the bridge's residual is taken over."""
 
 TILE_ENCODER = "tile_encoder.pt"
 PROTONET = "protonet.pt"
@@ -303,9 +307,13 @@ def _train_protonet(
 def _settle(run: FoldRun, model: TransferModel) -> None:
     """Fix the centre and the axes of the embedding by the training tiles as inference sees them."""
     train, device = run.fold.train, run.engine.device
-    pooled = tile_tokens(model.to(device), train.tiles, device).mean(dim=1)
+    tokens = tile_tokens(model.to(device), train.tiles, device)
     labels = torch.from_numpy(train.labels).to(device)
-    model.bridge.centre.settle(pooled, labels, run.recipe.training.off_axis)
+    model.bridge.centre.settle(tokens.mean(dim=1), labels, run.recipe.training.off_axis)
+    some = run.fold.ct.take(range(min(len(run.fold.ct), SETTLING_CONTEXTS)))
+    contexts = Contexts.encode(model.ct_encoder, some, (), device)
+    if len(contexts):
+        model.bridge.settle(tokens[:: -(-len(tokens) // SETTLING_TILES)], contexts.tokens)
 
 
 def _train_episodes(
@@ -390,19 +398,19 @@ def _schedule(run: FoldRun, epochs: int, steps: int) -> Schedule:
         schedule=training.schedule,
         patience=training.patience,
         ema_decay=training.ema_decay,
-        groups=_rates(training.encoder_rate),
+        groups=_rates(training.encoder_rate, GATE_RATE if run.data.paired else 1.0),
         seed=run.seed,
     )
 
 
-def _rates(encoder_rate: float) -> Any:
+def _rates(encoder_rate: float, gate_rate: float) -> Any:
     """Factor of the learning rate by name: phase 3 leaves the CT encoder as it is."""
 
     def factor(name: str) -> float:
         if name.startswith("ct_encoder."):
             return 0.0
         if name == "bridge.gate":
-            return GATE_RATE
+            return gate_rate
         return encoder_rate if name.startswith("path_encoder.") else 1.0
 
     return factor

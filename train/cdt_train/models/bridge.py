@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from cdt_train.models.layers import Centre, softmax, unit_length
+from cdt_train.models.layers import Centre, Offset, softmax, unit_length
 
 HIDDEN = -1e4
 """Added to the score of a token that is not there; float16 holds it, and its softmax is 0."""
@@ -18,7 +18,8 @@ class Bridge(nn.Module):
     scale of the tile and of the CT has a learnt embedding, so that attention can tell them apart.
     The gate starts at zero and the residual is multiplied by the context's presence, so that with
     a closed gate or without context the embedding is exactly, bit for bit, that of the tile alone.
-    A null key of value zero lets a tile look away.
+    A null key of value zero lets a tile look away. What all tiles draw alike is taken off the
+    residual: it would push every embedding the same way and tell nothing of any.
 
     Args:
         feature_dim: C, width of the tokens and E, width of the embedding.
@@ -54,6 +55,7 @@ class Bridge(nn.Module):
         self.bank = nn.Parameter(torch.randn(1, bank_size, feature_dim))
         self.gate = nn.Parameter(torch.zeros(1))
         self.centre = Centre(feature_dim, n_classes - 1)
+        self.offset = Offset(feature_dim)
 
     def forward(
         self,
@@ -110,6 +112,13 @@ class Bridge(nn.Module):
         """
         return self.query(tile_tokens.detach()), self.key(ct_tokens.detach())
 
+    @torch.no_grad()
+    def settle(self, tile_tokens: Tensor, ct_tokens: Tensor) -> None:
+        """Take the mean of the residual from training tiles `(n, N, C)` with CT `(A, T, C)`."""
+        self.offset.mean.zero_()
+        drawn = [self.residual(tile_tokens, ct).mean(dim=0) for ct in torch.split(ct_tokens, 1)]
+        self.offset.mean.copy_(torch.stack(drawn).mean(dim=0))
+
     def _residual_with(
         self, tiles: Tensor, ct: Tensor, ct_present: Tensor, extra: Tensor, there: Tensor
     ) -> Tensor:
@@ -126,8 +135,8 @@ class Bridge(nn.Module):
         values = torch.cat([values, torch.zeros_like(values[:, :1])], dim=1)
         weights = self._weights(tile_tokens, memory, mask)
         gathered = torch.matmul(weights, self._heads(values)).transpose(1, 2).flatten(2)
-        drawn: Tensor = self.output(gathered.mean(dim=1))
-        return drawn.float()
+        drawn: Tensor = self.offset(self.output(gathered.mean(dim=1)))
+        return drawn
 
     def _weights(self, tile_tokens: Tensor, memory: Tensor, mask: Tensor | None) -> Tensor:
         """Explicit matrix products and softmax, which every inference engine runs."""

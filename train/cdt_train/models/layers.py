@@ -21,7 +21,33 @@ class GroupNorm(nn.GroupNorm):
         return result.to(input.dtype)
 
 
-class Centre(nn.Module):
+class Offset(nn.Module):
+    """Subtract the mean: of the batch in training, the running one at inference.
+
+    Args:
+        width: E.
+        momentum: weight of a new batch in the running mean.
+    """
+
+    mean: Tensor
+
+    def __init__(self, width: int, momentum: float = 0.05) -> None:
+        super().__init__()
+        self.momentum = momentum
+        self.register_buffer("mean", torch.zeros(width))
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        """Centre `(B, E)`, in float32."""
+        vectors = vectors.float()
+        if not self.training:
+            return vectors - self.mean.float()
+        mean = vectors.mean(dim=0)
+        with torch.no_grad():
+            self.mean.lerp_(mean, self.momentum)
+        return vectors - mean
+
+
+class Centre(Offset):
     """Subtract the mean embedding and, at inference, favour what tells the training classes apart.
 
     Centred, unit vectors spread over the whole sphere; uncentred, the part that all tiles share
@@ -35,28 +61,21 @@ class Centre(nn.Module):
         momentum: weight of a new batch in the running mean.
     """
 
-    mean: Tensor
     axes: Tensor
     rest: Tensor
 
     def __init__(self, width: int, axes: int, momentum: float = 0.05) -> None:
-        super().__init__()
-        self.momentum = momentum
-        self.register_buffer("mean", torch.zeros(width))
+        super().__init__(width, momentum)
         self.register_buffer("axes", torch.zeros(width, axes))
         self.register_buffer("rest", torch.ones(1))
 
     def forward(self, vectors: Tensor) -> Tensor:
         """Centre `(B, E)`, in float32."""
-        vectors = vectors.float()
-        if not self.training:
-            centred = vectors - self.mean.float()
-            axes, rest = self.axes.float(), self.rest.float()
-            return rest * centred + (1 - rest) * torch.matmul(torch.matmul(centred, axes), axes.T)
-        mean = vectors.mean(dim=0)
-        with torch.no_grad():
-            self.mean.lerp_(mean, self.momentum)
-        return vectors - mean
+        centred: Tensor = super().forward(vectors)
+        if self.training:
+            return centred
+        axes, rest = self.axes.float(), self.rest.float()
+        return rest * centred + (1 - rest) * torch.matmul(torch.matmul(centred, axes), axes.T)
 
     @torch.no_grad()
     def settle(self, vectors: Tensor, labels: Tensor, rest: float) -> None:
