@@ -83,7 +83,12 @@ def test_bytes_come_to_one_and_masks_are_told_from_images() -> None:
     assert unit_range(mask).tolist() == [0, 1, 1, 0]
     assert is_mask(mask)
     assert is_mask(mask / 255.0)
-    assert not is_mask(torch.tensor([0, 255, 128], dtype=torch.uint8))
+    shrunk = torch.nn.functional.avg_pool3d(corner((8, 8, 8)).clamp_max(1).repeat(4, 1, 1, 1, 1), 2)
+    shrunk[:, :, 1:3, 1:3] = 1
+    assert is_mask(shrunk)
+    assert not is_mask(torch.arange(256, dtype=torch.uint8))
+    assert not is_mask(torch.randn(8, 8, 8))
+    assert not is_mask(torch.zeros(8))
 
 
 def test_mirrored_views_are_all_and_all_different() -> None:

@@ -46,6 +46,12 @@ def test_a_backbone_gives_tokens_and_the_seed_decides_its_weights(
     assert not torch.equal(tokens, other.eval()(images))
 
 
+def test_shapes_of_nothing_and_of_noise_below_zero_have_finite_tokens() -> None:
+    made = build_backbone("shape3d", VOLUME, seed=0).eval()
+    for images in (torch.zeros(1, 1, 32, 32, 32), -torch.rand(1, 1, 32, 32, 32)):
+        assert made.tokens(images).abs().max() < 100
+
+
 def test_images_are_standardised_before_the_network() -> None:
     made = Backbone(nn.Flatten(2), 4, mean=(0.5, 0.25), std=(0.5, 0.25))
     images = torch.stack([torch.full((2, 2), 1.0), torch.full((2, 2), 0.5)])[None]
@@ -149,7 +155,7 @@ def test_a_transformers_backbone_comes_from_a_folder_or_not_at_all(
         build_backbone(f"transformers:{tmp_path}", TILE, seed=0)
 
 
-@pytest.mark.parametrize("prefix", ["", "module.", "backbone.net."])
+@pytest.mark.parametrize("prefix", ["", "module.", "backbone.net.", "a.b.c."])
 @pytest.mark.parametrize("container", [None, "state_dict", "model_state_dict"])
 def test_weights_load_from_the_usual_files(
     prefix: str, container: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]

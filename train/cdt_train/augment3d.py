@@ -9,6 +9,9 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional
 
+MASK_SHARE = 0.08
+"""Least share of a shape's voxels that lie wholly within; of images fewer are at the top."""
+
 HU_RANGE = (-1000.0, 1000.0)
 
 TURN = math.radians(8.0)
@@ -31,9 +34,14 @@ def unit_range(volumes: Tensor) -> Tensor:
 
 
 def is_mask(volumes: Tensor) -> bool:
-    """Tell whether volumes hold two values only, 0 and one other."""
-    top = volumes.amax()
-    return bool(((volumes == 0) | (volumes == top)).all())
+    """Tell whether volumes are shapes: much of what is not 0 has one same, the highest value.
+
+    Not all of it: masks that were made smaller have shares of it along their surface.
+    """
+    inside = volumes[volumes != 0]
+    if len(inside) == 0 or volumes.amin() < 0:
+        return False
+    return bool((inside == inside.amax()).float().mean() > MASK_SHARE)
 
 
 def augment_volumes(volumes: Tensor, *, mask: bool, generator: Generator) -> Tensor:

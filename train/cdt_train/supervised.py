@@ -28,7 +28,7 @@ class SupervisedModel(nn.Module):
         adapter: what stands between tokens and their mean, or None.
         frozen: keep the backbone as it is, its running statistics too. Without an adapter the
             token means are then standardised over the batch, so that a backbone of any scale suits
-            one learning rate; one that learns would amplify its noise by that, and learn little.
+            one learning rate; one that learns finds its own scale.
     """
 
     def __init__(

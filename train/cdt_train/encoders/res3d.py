@@ -12,6 +12,9 @@ from torch.nn import functional
 BLURS = 4
 """Box means of growing reach, beside the volume itself: thickness at a glance."""
 
+LEAST = 1e-4
+"""Weight of a place where nothing is, so that an empty volume has tokens too."""
+
 
 class ShapeEncoder(nn.Module):
     """Box means, a strided stem, then strided stages with one residual block each.
@@ -67,8 +70,8 @@ def _box_means(volume: Tensor) -> list[Tensor]:
 
 def _weighted(features: Tensor, volume: Tensor) -> Tensor:
     """Features times the volume's share in their cell: the mean over cells is one over it."""
-    weights = _reduced(volume.mean(dim=1, keepdim=True), features)
-    return features * weights / weights.mean(dim=(2, 3, 4), keepdim=True).clamp_min(1e-6)
+    weights = _reduced(volume.clamp_min(0).mean(dim=1, keepdim=True), features) + LEAST
+    return features * weights / weights.mean(dim=(2, 3, 4), keepdim=True)
 
 
 def _reduced(cells: Tensor, like: Tensor) -> Tensor:

@@ -14,18 +14,9 @@ from cdt_runtime.errors import CheckpointError, RecipeError
 from cdt_train.progress import say
 
 CONTAINERS = ("model_state_dict", "state_dict", "model", "teacher", "student")
-PREFIXES = (
-    "",
-    "module.",
-    "model.",
-    "backbone.",
-    "backbone.net.",
-    "net.",
-    "encoder.",
-    "path_encoder.",
-    "ct_encoder.",
-    "module.backbone.",
-)
+PROBED = 8
+"""Names of a network whose prefix is looked for in a file."""
+
 Weights = dict[str, Tensor]
 
 
@@ -75,13 +66,8 @@ def load_backbone_weights(
         CheckpointError: a tensor of the backbone is missing or of another shape.
     """
     own = net.state_dict()
-    inner = "net." if own and all(key.startswith("net.") for key in own) else ""
-    prefix = max(PREFIXES, key=lambda start: _matches(own, weights, inner, start))
-    chosen = {
-        key: weights[prefix + key.removeprefix(inner)]
-        for key in own
-        if prefix + key.removeprefix(inner) in weights
-    }
+    names = _names_in(weights, own)
+    chosen = {key: weights[name] for key, name in names.items()}
     missing = [key for key in own if key not in chosen and "num_batches_tracked" not in key]
     if missing:
         raise CheckpointError(
@@ -108,8 +94,24 @@ def permuted(weights: Mapping[str, Tensor], seed: int) -> Weights:
     }
 
 
-def _matches(own: Weights, weights: Mapping[str, Tensor], inner: str, prefix: str) -> int:
-    return sum(prefix + key.removeprefix(inner) in weights for key in own)
+def _names_in(weights: Mapping[str, Tensor], own: Weights) -> dict[str, str]:
+    """Find the names under which a file holds the tensors of a network, those that it holds.
+
+    Either may have a prefix that all its names share: a wrapper's, or that of a larger model.
+    """
+    inner = "net." if own and all(key.startswith("net.") for key in own) else ""
+    bare = {key: key.removeprefix(inner) for key in own}
+    prefixes = {
+        name.removesuffix(last)
+        for last in list(bare.values())[:PROBED]
+        for name in weights
+        if name == last or name.endswith(f".{last}")
+    }
+    found = [
+        {key: prefix + last for key, last in bare.items() if prefix + last in weights}
+        for prefix in sorted(prefixes)
+    ]
+    return max(found, key=len, default={})
 
 
 def _fitted(key: str, found: Tensor, own: Tensor, origin: str, adapt_stem: bool) -> Tensor:
