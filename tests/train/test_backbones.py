@@ -96,6 +96,16 @@ def test_a_missing_library_is_named_with_its_cure(
         build_backbone(f"{library}:x", shape, seed=0)
 
 
+def test_a_library_that_lacks_something_itself_says_what(monkeypatch: pytest.MonkeyPatch) -> None:
+    def import_module(name: str) -> None:
+        raise ImportError("tokenizers>=0.22 is required\nTry another")
+
+    monkeypatch.setattr("importlib.import_module", import_module)
+    message = r"timm can't be imported \(tokenizers>=0\.22 is required\): pip install timm$"
+    with pytest.raises(MissingDependencyError, match=message):
+        build_backbone("timm:x", TILE, seed=0)
+
+
 class FakeTimmNet(nn.Module):
     """Stands for a model of timm, which is not part of the test environment."""
 

@@ -229,16 +229,18 @@ def _library(module: str) -> Any:
     """Import a library that is not always there.
 
     Raises:
-        MissingDependencyError: it is not installed.
+        MissingDependencyError: it is not installed, or not as it should be.
     """
     name = module.partition(".")[0]
     try:
         return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != name:
-            raise
+    except ImportError as error:
+        if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] == name:
+            reason = "is not installed"
+        else:  # what it needs in turn is missing, or of another version
+            reason = f"can't be imported ({str(error).splitlines()[0]})"
         raise MissingDependencyError(
-            f"backbone {name}: {name} is not installed: pip install {name}"
+            f"backbone {name}: {name} {reason}: pip install {name}"
         ) from error
 
 
