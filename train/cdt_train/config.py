@@ -81,7 +81,7 @@ class TrainingRecipe(_Section):
     ssl_position_weight: float = Field(1.0, ge=0)
     # Phases 2 and 3: what training sees of a tile.
     tile_size: Annotated[int, Field(ge=32, multiple_of=32)] | None = Field(
-        None, description="side that training resizes tiles to; null: data.image_size"
+        None, description="side that training resizes tiles to; null: about 5/7 of data.image_size"
     )
     min_crop: float = Field(0.85, gt=0, le=1, description="least side of a random square, a share")
     stain_jitter: float = Field(
@@ -154,6 +154,10 @@ class TrainingRecipe(_Section):
     def shots(self) -> tuple[int, ...]:
         """Every K that is evaluated, ascending."""
         return tuple(sorted({*self.eval_shots, self.k_shot}))
+
+    def training_size(self, image_size: int) -> int:
+        """Side of the tiles that phases 2 and 3 see: smaller is half the work, and as good."""
+        return self.tile_size or max(32, 32 * round(image_size * 5 / 7 / 32))
 
 
 class Recipe(_Section):

@@ -378,7 +378,7 @@ def _episodes(
 def _augmentation(run: FoldRun) -> TileAugmentation:
     training, preprocess = run.recipe.training, run.data.preprocess
     return TileAugmentation(
-        size=training.tile_size or run.recipe.data.image_size,
+        size=training.training_size(run.recipe.data.image_size),
         min_crop=training.min_crop,
         rgb=preprocess.channels == RGB,
         stain_jitter=training.stain_jitter,
