@@ -12,12 +12,6 @@ for. Nothing here is a model of disease: it is data on which code can be right o
 
 from __future__ import annotations
 
-import csv
-import hashlib
-import json
-import os
-import shutil
-import uuid
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,14 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cdt_runtime.errors import DatasetError
-from cdt_train.data.phantom_tiles import (
-    CHANNELS,
-    CLASSES,
-    MPP,
-    Stain,
-    patient_stain,
-    phantom_tile,
-)
+from cdt_train.data.phantom_files import read_mark, write_csv, write_once, write_tile
+from cdt_train.data.phantom_tiles import CLASSES, Stain, patient_stain, phantom_tile
 
 GENERATOR = 3
 """Raised with every change that alters a pixel: a folder of another version is not reused."""
@@ -41,7 +29,6 @@ GENERATOR = 3
 NEW_TILES = 3
 """Tiles of each class that the new patient has."""
 
-_MARK = "PHANTOM.json"
 _TILES, _CT = 0, 1  # first word of each random stream, so that no two streams are the same
 
 
@@ -81,21 +68,12 @@ def write_phantom(
     """
     made = _Made(seed, n_patients, n_ct, regions_per_class)
     _check(made)
-    if _is_there(folder, made):
-        return
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # beside the target, because a rename can't cross file systems; a name of its own for each run
-    partial = folder.with_name(f".{folder.name}.partial-{uuid.uuid4().hex[:8]}")
-    try:
-        _write(partial, made)
-        _move(partial, folder, made)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    write_once(folder, asdict(made), lambda partial: _write(partial, made))
 
 
 def phantom_seed(folder: Path) -> int | None:
     """Returns the seed of a phantom hospital, or None for a folder that is none."""
-    found = _read_mark(folder)
+    found = read_mark(folder)
     seed = found.get("seed") if found else None
     return seed if isinstance(seed, int) else None
 
@@ -108,39 +86,6 @@ def _check(made: _Made) -> None:
         raise DatasetError(f"seed = {made.seed}: expected 0 or more")
 
 
-def _is_there(folder: Path, made: _Made) -> bool:
-    if not folder.exists():
-        return False
-    if folder.is_dir() and not any(folder.iterdir()):
-        return False
-    found = _read_mark(folder)
-    if found is None:
-        raise DatasetError(f"{folder} exists and is no phantom data: choose a new folder")
-    if found != asdict(made):
-        raise DatasetError(
-            f"{folder} holds phantom data made with {found}, not with {asdict(made)}: "
-            "delete it or choose a new folder"
-        )
-    return True
-
-
-def _read_mark(folder: Path) -> dict[str, object] | None:
-    try:
-        found = json.loads((folder / _MARK).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None
-
-
-def _move(partial: Path, folder: Path, made: _Made) -> None:
-    try:
-        os.replace(partial, folder)
-    except OSError:
-        # another run was faster: fine if it wrote the same
-        if not _is_there(folder, made):
-            raise
-
-
 def _write(folder: Path, made: _Made) -> None:
     _write_pathology(folder / "pathology_data", made)
     for number in range(1, made.n_ct + 1):
@@ -151,22 +96,19 @@ def _write(folder: Path, made: _Made) -> None:
     for region, label in enumerate(sorted(CLASSES)):
         for turn in range(1, NEW_TILES + 1):
             tile = _tile(made.seed, 0, turn * len(CLASSES) + region, label)
-            _write_tile(new_patient / f"{label}_{turn}.tif", tile)
-    (folder / _MARK).write_text(json.dumps(asdict(made), indent=2) + "\n", encoding="utf-8")
+            write_tile(new_patient / f"{label}_{turn}.tif", tile)
 
 
 def _write_pathology(folder: Path, made: _Made) -> None:
-    folder.mkdir(parents=True)
-    with (folder / "labels.csv").open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["patient", "region", "label"])
-        for number in range(1, made.n_patients + 1):
-            patient = f"Patient_{number:03d}"
-            for region, label in _regions(made, number):
-                name = f"region_{region:03d}"
-                tile = _tile(made.seed, number, region, label)
-                _write_tile(folder / patient / name / "tile.ome.tif", tile)
-                writer.writerow([patient, name, label])
+    rows = []
+    for number in range(1, made.n_patients + 1):
+        patient = f"Patient_{number:03d}"
+        for region, label in _regions(made, number):
+            name = f"region_{region:03d}"
+            tile = _tile(made.seed, number, region, label)
+            write_tile(folder / patient / name / "tile.ome.tif", tile)
+            rows.append((patient, name, label))
+    write_csv(folder / "labels.csv", ("patient", "region", "label"), rows)
 
 
 def _regions(made: _Made, patient: int) -> Iterator[tuple[int, str]]:
@@ -184,33 +126,6 @@ def _stain(seed: int, patient: int) -> Stain:
 def _tile(seed: int, patient: int, region: int, label: str) -> NDArray[np.uint8]:
     rng = np.random.default_rng([seed, _TILES, patient, 1, region])
     return phantom_tile(rng, label, _stain(seed, patient))
-
-
-def _write_tile(path: Path, tile: NDArray[np.uint8]) -> None:
-    """OME-TIFF whatever the name ends in; the same pixels give the same bytes."""
-    import tifffile
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    metadata = {
-        "axes": "CYX",
-        "Channel": {"Name": list(CHANNELS)},
-        "PhysicalSizeX": MPP,
-        "PhysicalSizeXUnit": "µm",
-        "PhysicalSizeY": MPP,
-        "PhysicalSizeYUnit": "µm",
-        "UUID": str(uuid.UUID(bytes=hashlib.sha256(tile.tobytes()).digest()[:16])),
-    }
-    tifffile.imwrite(
-        path,
-        tile,
-        ome=True,
-        photometric="minisblack",
-        compression="deflate",
-        predictor=True,
-        resolution=(1e4 / MPP, 1e4 / MPP),
-        resolutionunit="CENTIMETER",
-        metadata=metadata,
-    )
 
 
 def _write_ct(folder: Path, patient: str, seed: int, number: int) -> None:

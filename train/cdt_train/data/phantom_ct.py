@@ -7,6 +7,7 @@ lungs, mediastinum, bone, vessels, nodules.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,7 +27,7 @@ class Chest:
     """The measures of one patient; lengths in mm.
 
     Attributes:
-        pixel_mm: Distance of the pixels of a slice.
+        pixel_mm: Distance of the pixels of a slice of `SIZE` x `SIZE`.
         width: Half the body's width.
         depth: Half the body's depth, front to back.
         fat: Thickness of the fat under the skin.
@@ -75,6 +76,10 @@ class Grid:
         return away
 
 
+Finding = Callable[[Image, Grid, NDArray[np.bool_]], None]
+"""Paints a disease: takes HU, their grid and where the lungs are; called before the mediastinum."""
+
+
 def draw_chest(rng: np.random.Generator) -> Chest:
     """Draws a patient."""
     width = rng.uniform(150, 185)
@@ -92,32 +97,39 @@ def draw_chest(rng: np.random.Generator) -> Chest:
     )
 
 
-def phantom_ct(rng: np.random.Generator, chest: Chest) -> NDArray[np.int16]:
+def phantom_ct(
+    rng: np.random.Generator, chest: Chest, size: int = SIZE, finding: Finding | None = None
+) -> NDArray[np.int16]:
     """Draws one series.
 
     Args:
         rng: The source of vessels, nodules and noise.
         chest: The patient.
+        size: Pixels of a row and of a column; fewer of them are larger.
+        finding: A disease of the lungs, if any.
 
     Returns:
-        `(24, 256, 256)` HU, the slice nearest the head first.
+        `(24, size, size)` HU, the slice nearest the head first.
     """
-    grid = _grid(chest)
-    hu = np.full((SLICES, SIZE, SIZE), _AIR, np.float32)
+    grid = _grid(chest, size)
+    hu = np.full((SLICES, size, size), _AIR, np.float32)
     _table(hu, grid, chest)
     _wall(hu, grid, chest)
     lungs = _lungs(hu, grid, chest, rng)
+    if finding is not None:
+        finding(hu, grid, lungs)
     _mediastinum(hu, grid, chest)
     _airways(hu, grid)
     _bones(hu, grid, chest)
     _vessels(hu, grid, chest, lungs, rng)
     _nodules(hu, grid, lungs, rng)
-    hu = gaussian_blur(hu, 0.6) + _noise(rng, chest.noise)
+    hu = gaussian_blur(hu, 0.6) + _noise(rng, hu.shape, chest.noise)
     return np.clip(hu.round(), -1024, 3071).astype(np.int16)
 
 
-def _grid(chest: Chest) -> Grid:
-    place = ((np.arange(SIZE) - (SIZE - 1) / 2) * chest.pixel_mm).astype(np.float32)
+def _grid(chest: Chest, size: int) -> Grid:
+    pixel_mm = chest.pixel_mm * SIZE / size
+    place = ((np.arange(size) - (size - 1) / 2) * pixel_mm).astype(np.float32)
     z = (((SLICES - 1) / 2 - np.arange(SLICES)) * SLICE_MM).astype(np.float32)
     y, x = place - chest.shift[0], place - chest.shift[1]
     return Grid(z[:, None, None], y[None, :, None], x[None, None, :])
@@ -295,9 +307,9 @@ def _nodules(hu: Image, grid: Grid, lungs: NDArray[np.bool_], rng: np.random.Gen
             _tube(hu, grid, lungs, centre, spike, 0.3 * radius)
 
 
-def _noise(rng: np.random.Generator, deviation: float) -> Image:
+def _noise(rng: np.random.Generator, shape: tuple[int, ...], deviation: float) -> Image:
     """Noise with the grain of a filtered back projection: no slow part, little of the fastest."""
-    white = rng.standard_normal((SLICES, SIZE, SIZE), np.float32)
+    white = rng.standard_normal(shape, np.float32)
     fine = gaussian_blur(white, 0.7)
     grain = fine - gaussian_blur(fine, 2.0)
     return grain * np.float32(deviation / grain.std())

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
-from cdt_train.data.phantom_ct import SIZE, SLICE_MM
+from cdt_train.data.phantom_ct import SLICE_MM
 
 _DATE = "20000101"
 
@@ -29,7 +29,8 @@ def write_series(
     folder.mkdir(parents=True)
     top = (len(hu) - 1) / 2 * SLICE_MM
     for index, image in enumerate(hu):
-        dataset = _series(patient, seed, pixel_mm)
+        dataset = _series(patient, seed)
+        _pixels(dataset, image.shape, pixel_mm)
         _place(dataset, index, top - index * SLICE_MM, pixel_mm)
         dataset.SOPInstanceUID = _uid(seed, patient, "instance", str(index))
         dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID
@@ -41,7 +42,7 @@ def _uid(seed: int, *words: str) -> str:
     return str(generate_uid(entropy_srcs=["cdt-edge phantom", str(seed), *words]))
 
 
-def _series(patient: str, seed: int, pixel_mm: float) -> Dataset:
+def _series(patient: str, seed: int) -> Dataset:
     """What every slice of a series shares."""
     dataset = Dataset()
     dataset.file_meta = FileMetaDataset()
@@ -68,12 +69,11 @@ def _series(patient: str, seed: int, pixel_mm: float) -> Dataset:
     dataset.SeriesInstanceUID = _uid(seed, patient, "series")
     dataset.FrameOfReferenceUID = _uid(seed, patient, "frame")
     dataset.PositionReferenceIndicator = ""
-    _pixels(dataset, pixel_mm)
     return dataset
 
 
-def _pixels(dataset: Dataset, pixel_mm: float) -> None:
-    dataset.Rows = dataset.Columns = SIZE
+def _pixels(dataset: Dataset, shape: tuple[int, ...], pixel_mm: float) -> None:
+    dataset.Rows, dataset.Columns = shape
     dataset.PixelSpacing = [pixel_mm, pixel_mm]
     dataset.SliceThickness = dataset.SpacingBetweenSlices = SLICE_MM
     dataset.SamplesPerPixel = 1
@@ -87,8 +87,8 @@ def _pixels(dataset: Dataset, pixel_mm: float) -> None:
 
 
 def _place(dataset: Dataset, index: int, z: float, pixel_mm: float) -> None:
-    corner = round(-(SIZE - 1) / 2 * pixel_mm, 4)
+    top, left = (round(-(side - 1) / 2 * pixel_mm, 4) for side in (dataset.Rows, dataset.Columns))
     dataset.InstanceNumber = index + 1
-    dataset.ImagePositionPatient = [corner, corner, z]
+    dataset.ImagePositionPatient = [left, top, z]
     dataset.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
     dataset.SliceLocation = z

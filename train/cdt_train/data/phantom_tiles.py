@@ -8,7 +8,7 @@ distributions, so no histogram tells them apart. What differs is which cell stan
     invasion_front  one ragged border with strands and single tumour cells ahead of it; T cells
                     crowd along the border; PD-L1 brightest there
 
-A share of the tiles lies between the two, as regions of real tumours do.
+A share of the tiles lies between the two, as regions of real tumours do; `mixing` makes it larger.
 """
 
 from __future__ import annotations
@@ -84,31 +84,42 @@ def patient_stain(rng: np.random.Generator) -> Stain:
     )
 
 
-def phantom_tile(rng: np.random.Generator, label: str, stain: Stain) -> NDArray[np.uint8]:
+def phantom_tile(
+    rng: np.random.Generator, label: str, stain: Stain, mixing: float = 0.0
+) -> NDArray[np.uint8]:
     """Draws one tile.
 
     Args:
         rng: The source of everything that differs between tiles of one patient.
         label: One of `CLASSES`.
         stain: The patient's.
+        mixing: 0 to 1, how far the tile's arrangement is drawn from what both classes share; at 1
+            the classes don't differ.
 
     Returns:
         `(6, 256, 256)` uint8 in the order of `CHANNELS`.
     """
-    cells = _cells(rng, label, stain)
+    cells = _cells(rng, label, stain, mixing)
     return _render(rng, cells, stain)
 
 
-def _cells(rng: np.random.Generator, label: str, stain: Stain) -> Cells:
+def _cells(rng: np.random.Generator, label: str, stain: Stain, mixing: float) -> Cells:
     position = _positions(rng, stain.spacing)
-    # the share of the other class's arrangement that this region shows
-    other = 0.58 * rng.beta(1.2, 1.9)
+    other = _other_share(rng, mixing)
     front = other if label == "tumor_stroma" else 1.0 - other
     tumour = _tumour(rng, position, front)
     border = _border_distance(position, tumour)
     t_cell = _t_cells(rng, tumour, border, front, stain.disorder)
     brightness = _brightness(rng, tumour, t_cell, border, front)
     return Cells(position, tumour, t_cell, brightness)
+
+
+def _other_share(rng: np.random.Generator, mixing: float) -> float:
+    """The share of the other class's arrangement that a region shows; above 0.5 it misleads."""
+    other = 0.58 * rng.beta(1.2, 1.9)
+    if mixing > 0:
+        other += mixing * (rng.uniform() - other)
+    return float(other)
 
 
 def _positions(rng: np.random.Generator, spacing: float) -> Floats:
