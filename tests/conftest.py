@@ -76,11 +76,13 @@ def tiny_recipe() -> tuple[str, ...]:
         "model.path_widths=[8,8,16,16]",
         "model.ct_widths=[8,8,16,16]",
         "training.num_folds=2",
+        "training.ema_decay=0",
         "training.ssl_epochs=2",
         "training.ssl_steps=2",
         "training.ssl_batch_size=4",
         "training.encoder_epochs=2",
-        "training.encoder_steps=2",
+        "training.encoder_steps=8",
+        "training.encoder_learning_rate=0.01",
         "training.encoder_batch_size=8",
         "training.num_epochs=2",
         "training.episodes_per_epoch=2",
@@ -120,7 +122,8 @@ def trained_dir(
 @pytest.fixture(scope="session")
 def bundle_dir(trained_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle in float32, exported from the tiny run."""
-    from cdt_export.build import export_bundle, load_trained
+    from cdt_export.build import export_bundle
+    from cdt_train.trained import load_trained
 
     trained = load_trained(trained_dir / "best_model.pt")
     folder = tmp_path_factory.mktemp("engines") / "tiny"

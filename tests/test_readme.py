@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import shlex
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 
 from cdt_export.cli import export_command
 from cdt_runtime.cli import infer_command
+from cdt_train.cli import COMMANDS as SUBCOMMANDS
 from cdt_train.cli import train_command
 
 ROOT = Path(__file__).parents[1]
@@ -24,15 +26,24 @@ SHOWN = sorted(
 )
 
 
+def command_of(words: list[str]) -> click.Command:
+    """The command of a line, or of its first word."""
+    if words[0] == "cdt-train" and words[1:] and words[1] in SUBCOMMANDS:
+        module, _, name = SUBCOMMANDS[words[1]].partition(":")
+        found: click.Command = getattr(importlib.import_module(module), name)
+        return found
+    return COMMANDS[words[0]]
+
+
 def options(command: click.Command) -> set[str]:
     return {name for parameter in command.params for name in parameter.opts} | {"--help", "-h"}
 
 
 @pytest.mark.parametrize("line", [line for line in SHOWN if line.startswith("cdt-")])
 def test_every_option_shown_exists(line: str) -> None:
-    name, *words = shlex.split(line.replace("[", "").replace("]", ""))
+    words = shlex.split(line.replace("[", "").replace("]", ""))
     used = {word for word in words if word.startswith("-")}
-    assert used <= options(COMMANDS[name])
+    assert used <= options(command_of(words))
 
 
 @pytest.mark.parametrize("line", [line for line in SHOWN if line.startswith("make")])

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,78 +22,20 @@ from cdt_runtime.backends import Session, open_session
 from cdt_runtime.bundle import Bundle, encoder_identity, write_bundle
 from cdt_runtime.errors import DatasetError
 from cdt_runtime.golden import GOLDEN, compare_golden, golden_inputs, golden_outputs
-from cdt_runtime.preprocess import Preprocess
 from cdt_runtime.prototypes import Prototypes
-from cdt_train.checkpoint import load_checkpoint, load_weights
-from cdt_train.config import Recipe, recipe_from
+from cdt_train.config import Recipe
 from cdt_train.data import read_dataset
-from cdt_train.data.arrays import TileArrays, load_ct, load_tiles
+from cdt_train.data.arrays import CtArrays, TileArrays, load_ct, load_tiles
 from cdt_train.data.dataset import tile_name
-from cdt_train.fold import model_of
-from cdt_train.models.transfer_model import TransferModel
 from cdt_train.progress import bar
 from cdt_train.split import SUPPORT
+from cdt_train.split_record import SPLIT, SplitRecord
+from cdt_train.trained import Trained
 
-NEEDED = (
-    "epoch",
-    "model_state_dict",
-    "best_metric",
-    "config",
-    "preprocess",
-    "dataset_info",
-    "calibration",
-    "test",
-)
 MAX_HELD_OUT = 256
 """Held-out tiles that the parity check runs, spread evenly over the test fold."""
-
-
-@dataclass(frozen=True, eq=False)
-class Trained:
-    """A checkpoint, taken apart.
-
-    Attributes:
-        model: in evaluation mode, on the CPU.
-        recipe: what it was trained with.
-        preprocess: what it takes in.
-        info: `dataset_info` of the checkpoint.
-        calibration: scale and temperature, with how they were found.
-        test: figures of the held-out fold.
-    """
-
-    model: TransferModel
-    recipe: Recipe
-    preprocess: Preprocess
-    info: Mapping[str, Any]
-    calibration: Mapping[str, Any]
-    test: Mapping[str, Any]
-
-    @property
-    def scale(self) -> float:
-        """The calibrated factor of the negative squared distance."""
-        return float(self.calibration["learnt_scale"] / self.calibration["temperature"])
-
-
-def load_trained(path: Path) -> Trained:
-    """Read a finished model.
-
-    Raises:
-        CheckpointError: missing, damaged, unfinished, or not one of ours.
-    """
-    content = load_checkpoint(path, NEEDED)
-    recipe = recipe_from(content["config"])
-    preprocess = Preprocess.from_dict(content["preprocess"])
-    model = model_of(recipe, len(preprocess.channels), len(content["dataset_info"]["classes"]))
-    load_weights(model, content["model_state_dict"], path)
-    model.eval()
-    return Trained(
-        model,
-        recipe,
-        preprocess,
-        content["dataset_info"],
-        content["calibration"],
-        content["test"],
-    )
+MAX_SERIES = 8
+"""CT series, in their order, that are tried for one that can be read."""
 
 
 def export_bundle(
@@ -120,8 +62,9 @@ def export_bundle(
     record = prove(trained, graphs, sessions, held_out, precision)
     files = {f"{name}.onnx": data for name, data in models.items()}
     encoder = encoder_identity(files, trained.preprocess)
-    prototypes = fit_prototypes(trained, support, sessions["path_encoder"], encoder)
+    prototypes = support_prototypes(trained, support, held_out, sessions, encoder)
     files |= prototypes.to_files()
+    files[SPLIT] = SplitRecord.of(trained.info).to_bytes()
     files[GOLDEN] = golden_file(trained, graphs)
     compare_golden(
         files[GOLDEN],
@@ -150,14 +93,19 @@ def prove(
     tolerance = parity.TOLERANCES[precision]
     compared = parity.compare_graphs(graphs, sessions, held_out)
     decisions = parity.compare_decisions(
-        trained.model, sessions, held_out, trained.scale, tolerance
+        trained.model,
+        sessions,
+        held_out,
+        (trained.scale, trained.scale_with_ct),
+        trained.calibration["fit"],
+        tolerance,
     )
     parity.require_parity(compared, decisions, tolerance)
     return parity.as_record(compared, decisions, tolerance)
 
 
 def read_tiles(trained: Trained, data_dir: Path | None) -> tuple[TileArrays, HeldOut]:
-    """Read the support tiles, the held-out tiles and one CT from the training data.
+    """Read the support tiles, the held-out tiles and the CT that they need.
 
     Raises:
         DatasetError: the data has moved or changed.
@@ -197,9 +145,30 @@ def read_tiles(trained: Trained, data_dir: Path | None) -> tuple[TileArrays, Hel
     rng = np.random.default_rng([trained.recipe.training.seed, SUPPORT])
     chosen = rng.permutation(sorted(split["test"]))[:MAX_HELD_OUT].tolist()
     test = load(chosen)
-    ct, _ = load_ct(replace(dataset, ct=dataset.ct[:8]), trained.preprocess, folder, bar)
+    owners = [by_name[name].patient for name in known.names]
+    series = tuple(
+        found for n, found in enumerate(dataset.ct) if n < MAX_SERIES or found.patient in owners
+    )
+    ct, _ = load_ct(replace(dataset, ct=series), trained.preprocess, folder, bar)
     volume = ct.volumes[:1] if len(ct) else torch.zeros(trained.preprocess.ct_shape)
-    return known, HeldOut(known.tiles, known.labels, test.tiles, test.labels, volume)
+    own, of = _own_ct(ct, owners)
+    return known, HeldOut(known.tiles, known.labels, test.tiles, test.labels, volume, own, of)
+
+
+def _own_ct(ct: CtArrays, owners: Sequence[str]) -> tuple[torch.Tensor, NDArray[np.int64]]:
+    """Find each tile's own patient's CT, the first where there are several, as training does.
+
+    Args:
+        ct: volumes of any patients.
+        owners: the patient of each tile.
+
+    Returns:
+        The volumes of these patients, and for each tile which is its own; -1 for none.
+    """
+    patients = [patient for patient in dict.fromkeys(owners) if patient in ct.patients]
+    place = {patient: index for index, patient in enumerate(patients)}
+    volumes = ct.take([ct.patients.index(patient) for patient in patients]).volumes
+    return volumes, np.array([place.get(owner, -1) for owner in owners], dtype=np.int64)
 
 
 def _spread_support(
@@ -223,19 +192,33 @@ def _spread_support(
     return chosen
 
 
-def fit_prototypes(
-    trained: Trained, support: TileArrays, path_encoder: Session, encoder_sha256: str
+def support_prototypes(
+    trained: Trained,
+    support: TileArrays,
+    held_out: HeldOut,
+    sessions: Mapping[str, Session],
+    encoder_sha256: str,
 ) -> Prototypes:
-    """Encode the support tiles with the exported encoder, as queries will be."""
+    """Encode the support tiles, and their patients' CT, with the exported encoders."""
+    own = parity.exported_ct_tokens(sessions["ct_encoder"], held_out.support_ct)
+    facts = dict(trained.calibration)
+    found = facts.pop("ct_gain")
+    gain = {name: found[name] for name in ("mean", "ci95", "low")}
     return Prototypes(
         classes=support.classes,
         labels=support.labels,
-        tokens=path_encoder.run({"tile": support.tiles.numpy()})["tile_tokens"],
+        tokens=sessions["path_encoder"].run({"tile": support.tiles.numpy()})["tile_tokens"],
         support_sha256=support.sha256,
         encoder_sha256=encoder_sha256,
         scale=trained.scale,
+        scale_with_ct=trained.scale_with_ct,
         min_confidence=trained.recipe.training.min_confidence,
-        calibration=dict(trained.calibration),
+        fit=facts.pop("fit"),
+        ct_context=facts.pop("ct_context"),
+        ct_gain=gain if trained.info["ct_series"] else None,
+        calibration=facts,
+        ct_tokens=np.concatenate(own) if own else None,
+        ct_of=held_out.support_ct_of if own else None,
     )
 
 
@@ -286,6 +269,8 @@ def _facts(
             "seed": info["seed"],
             "fold": info["fold"],
             "k_shot": trained.recipe.training.k_shot,
+            "layout": info["layout"],
+            "recipe": trained.recipe.to_dict(),
             "test": trained.test,
         },
         "licences": {"weights": "trained from nothing on the data named under training"},

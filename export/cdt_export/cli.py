@@ -45,8 +45,9 @@ def export_command(
     The bundle holds the ONNX graphs, the class prototypes and everything that
     cdt-infer needs, each file with its hash.
     """
-    from cdt_export.build import export_bundle, load_trained
+    from cdt_export.build import export_bundle
     from cdt_export.parity import as_text
+    from cdt_train.trained import load_trained
 
     precision = "fp16" if fp16 else "fp32"
     trained = load_trained(Path(checkpoint))

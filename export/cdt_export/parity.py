@@ -20,7 +20,7 @@ from cdt_export.graphs import Graph
 from cdt_runtime.backends import Session
 from cdt_runtime.errors import ParityError
 from cdt_runtime.golden import relative_gap
-from cdt_runtime.prototypes import class_means, softmax
+from cdt_runtime.prototypes import fit_prototypes, softmax
 from cdt_train.models.transfer_model import TransferModel
 
 Arrays = dict[str, NDArray[Any]]
@@ -95,6 +95,8 @@ class HeldOut:
         tiles: `(n, M, H, W)` held-out tiles.
         labels: `(n,)`.
         ct: `(1, W, D, S, S)`, one volume.
+        support_ct: `(P, W, D, S, S)`, of the support tiles' patients, where they have one.
+        support_ct_of: `(S,)`, which of them is each support tile's; -1 for none.
     """
 
     support: Tensor
@@ -102,6 +104,8 @@ class HeldOut:
     tiles: Tensor
     labels: NDArray[np.int64]
     ct: Tensor
+    support_ct: Tensor
+    support_ct_of: NDArray[np.int64]
 
 
 def compare_graph(
@@ -168,18 +172,29 @@ def compare_decisions(
     model: TransferModel,
     sessions: Mapping[str, Session],
     held_out: HeldOut,
-    scale: float,
+    scales: tuple[float, float],
+    fit: str,
     tolerance: Tolerance,
 ) -> list[DecisionParity]:
-    """Compare the decisions of the exported chain with PyTorch's, without and with CT."""
+    """Compare the decisions of the exported chain with PyTorch's, without and with CT.
+
+    Args:
+        model: in evaluation mode.
+        sessions: the exported graphs by name.
+        held_out: support, held-out tiles and a CT.
+        scales: calibrated factor of the negative squared distance, without CT and with.
+        fit: how the support becomes prototypes, a key of `cdt_runtime.prototypes.FITS`.
+        tolerance: what counts as a tie.
+    """
     with torch.no_grad():
         tokens, present = model.context(held_out.ct)
     exported = sessions["ct_encoder"].run({"ct": held_out.ct.numpy()})["ct_tokens"]
     rows = []
-    for context, there in (("without CT", 0.0), ("with CT", 1.0)):
-        expected = _torch_chances(model, held_out, tokens * there, present * there, scale)
+    contexts = zip(("without CT", "with CT"), (0.0, 1.0), scales, strict=True)
+    for context, there, scale in contexts:
+        expected = _torch_chances(model, held_out, tokens * there, present * there, scale, fit)
         present_array = np.array([there], dtype=np.float32)
-        found = exported_chances(sessions, held_out, exported * there, present_array, scale)
+        found = exported_chances(sessions, held_out, exported * there, present_array, scale, fit)
         best = found.argmax(axis=1)
         ordered = np.sort(expected, axis=1)
         tied = ordered[:, -1] - ordered[:, -2] < 2 * tolerance.probability
@@ -202,18 +217,40 @@ def exported_chances(
     ct_tokens: NDArray[Any],
     ct_present: NDArray[Any],
     scale: float,
+    fit: str,
 ) -> NDArray[np.float64]:
     """Return class probabilities `(n, K)` of the held-out tiles from the exported graphs alone."""
     context = {"ct_tokens": ct_tokens, "ct_present": ct_present}
-    tile_tokens = sessions["path_encoder"].run({"tile": held_out.support.numpy()})["tile_tokens"]
-    support = sessions["bridge"].run({"tile_tokens": tile_tokens, **context})["embedding"]
-    means = class_means(support, held_out.support_labels, int(held_out.support_labels.max()) + 1)
+    means = _prototypes(_exported_support(sessions, held_out, context), held_out, fit)
     head = {"prototypes": means, "scale": np.array([scale], dtype=np.float32)}
     parts = [
         sessions["tile_classifier"].run({"tile": part.numpy(), **context, **head})["logits"]
         for part in torch.split(held_out.tiles, BATCH)
     ]
     return softmax(np.concatenate(parts))
+
+
+def _exported_support(
+    sessions: Mapping[str, Session], held_out: HeldOut, context: Mapping[str, NDArray[Any]]
+) -> NDArray[Any]:
+    """Embed the support tiles in the context, or with a CT each with its own patient's."""
+    tokens = sessions["path_encoder"].run({"tile": held_out.support.numpy()})["tile_tokens"]
+    if not (context["ct_present"].any() and len(held_out.support_ct)):
+        return sessions["bridge"].run({"tile_tokens": tokens, **context})["embedding"]
+    own = np.concatenate(exported_ct_tokens(sessions["ct_encoder"], held_out.support_ct))
+    parts = []
+    for token, index in zip(tokens, held_out.support_ct_of, strict=True):
+        there = {
+            "ct_tokens": own[index : index + 1] if index >= 0 else np.zeros_like(own[:1]),
+            "ct_present": np.array([index >= 0], dtype=np.float32),
+        }
+        parts.append(sessions["bridge"].run({"tile_tokens": token[None], **there})["embedding"])
+    return np.concatenate(parts)
+
+
+def exported_ct_tokens(ct_encoder: Session, volumes: Tensor) -> list[NDArray[Any]]:
+    """Encode volumes `(P, W, D, S, S)` one by one."""
+    return [ct_encoder.run({"ct": one[None].numpy()})["ct_tokens"] for one in volumes]
 
 
 def require_parity(
@@ -276,19 +313,41 @@ def as_text(record: Mapping[str, Any]) -> str:
 
 @torch.no_grad()
 def _torch_chances(
-    model: TransferModel, held_out: HeldOut, tokens: Tensor, present: Tensor, scale: float
+    model: TransferModel,
+    held_out: HeldOut,
+    tokens: Tensor,
+    present: Tensor,
+    scale: float,
+    fit: str,
 ) -> NDArray[np.float64]:
     def embed(tiles: Tensor) -> Tensor:
         embedded: Tensor = model.bridge(model.path_encoder(tiles), tokens, present)
         return embedded
 
-    support = embed(held_out.support).numpy()
-    means = class_means(support, held_out.support_labels, int(held_out.support_labels.max()) + 1)
+    means = _prototypes(_torch_support(model, held_out, tokens, present).numpy(), held_out, fit)
     parts = [
         model.head(embed(part), torch.from_numpy(means), torch.tensor([scale]))[0].numpy()
         for part in torch.split(held_out.tiles, BATCH)
     ]
     return softmax(np.concatenate(parts))
+
+
+def _torch_support(
+    model: TransferModel, held_out: HeldOut, tokens: Tensor, present: Tensor
+) -> Tensor:
+    """Embed the support tiles as `Contexts.of_tiles` has the evaluation do it."""
+    if present.any() and len(held_out.support_ct):
+        own = torch.cat([model.ct_encoder(one) for one in torch.split(held_out.support_ct, 1)])
+        index = torch.from_numpy(held_out.support_ct_of)
+        present = (index >= 0).to(own.dtype)
+        tokens = own[index.clamp_min(0)] * present[:, None, None]
+    embedded: Tensor = model.bridge(model.path_encoder(held_out.support), tokens, present)
+    return embedded
+
+
+def _prototypes(support: NDArray[Any], held_out: HeldOut, fit: str) -> NDArray[np.float32]:
+    labels = held_out.support_labels
+    return fit_prototypes(support, labels, int(labels.max()) + 1, fit)
 
 
 def _cosine(found: NDArray[Any], expected: NDArray[Any]) -> float:

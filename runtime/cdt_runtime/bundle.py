@@ -22,7 +22,8 @@ from cdt_runtime.errors import BundleError
 from cdt_runtime.files import sync_folder, write_synced
 from cdt_runtime.preprocess import Preprocess
 
-SCHEMA = 1
+SCHEMA = 2
+"""2: prototypes say how they are fitted and whether the answer rests on a CT."""
 MANIFEST = "bundle.json"
 GRAPHS = ("ct_encoder", "path_encoder", "bridge", "head", "tile_classifier")
 REQUIRED = {"files": dict, "graphs": dict, "preprocess": dict, "training": dict, "precision": str}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -18,14 +18,14 @@ from cdt_runtime.bundle import Bundle
 from cdt_runtime.cache import TokenCache, cache_dir
 from cdt_runtime.ct import Series, Volume, load_volume, scan_series
 from cdt_runtime.errors import BackendError, PrototypeError, TileError
-from cdt_runtime.prediction import Context, CtUsed, Prediction, TileInput
+from cdt_runtime.prediction import Context, CtChange, CtUsed, Prediction, TileInput, nearest
 from cdt_runtime.preprocess import Preprocess
 from cdt_runtime.prototypes import (
     FACTS,
     TENSORS,
     Prototypes,
-    class_means,
     encode_labels,
+    fit_prototypes,
     softmax,
 )
 from cdt_runtime.tile import Tile
@@ -36,6 +36,19 @@ CtLike = str | os.PathLike[str] | Volume | None
 
 READER_VERSION = 1
 """Raised when the same series gives another CT input than before: cached tokens are then stale."""
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """What the engine says of one tile in one context."""
+
+    chances: dict[str, float]
+    distances: dict[str, float]
+    share_ms: float
+
+    @property
+    def best(self) -> str:
+        return max(self.chances, key=lambda name: self.chances[name])
 
 
 class FewShotClassifier:
@@ -96,7 +109,9 @@ class FewShotClassifier:
         Args:
             tiles: any number of tiles: paths (a TIFF, PNG or JPEG file, or a folder of marker
                 files), `Tile`s, or arrays `(H, W, M)` whose channels are in the bundle's order.
-            ct: the patient's CT: a series folder, a `Volume`, a prepared context, or None.
+            ct: the patient's CT: a series folder, a `Volume`, a prepared context, or None. Where
+                `prototypes.ct_off` says so, the answer does not rest on it, and `ct_change` says
+                what it would have changed.
             **reading: `channels`, `mpp` and `fill_missing`, as `read` takes them.
 
         Returns:
@@ -110,24 +125,16 @@ class FewShotClassifier:
         return list(self.predict_each(inputs, context))
 
     def predict_each(self, tiles: Iterable[TileInput], context: Context) -> Iterator[Prediction]:
-        """Classify tiles as they come, a batch an engine call, in bounded memory."""
+        """Classify tiles as they come, a batch an engine call, in bounded memory.
+
+        Where the bundle does not rest on a CT, a second call tells what it would have changed.
+        """
+        off = self.prototypes.ct_off if context.used else None
         for batch in _batches(tiles, self.batch_size):
-            started = perf_counter()
-            outputs = self._classify.run(
-                {
-                    "tile": np.stack([tile.array for tile in batch]),
-                    "ct_tokens": context.tokens,
-                    "ct_present": context.present,
-                    "prototypes": self.class_prototypes(context),
-                    "scale": np.array([self.prototypes.scale], dtype=np.float32),
-                }
-            )
-            share_ms = _ms_since(started) / len(batch)
-            probabilities = softmax(self._finite(outputs["logits"]))
-            for tile, chances, distances in zip(
-                batch, probabilities, outputs["distances"], strict=True
-            ):
-                yield self._prediction(tile, chances, distances, context, share_ms)
+            answers = self._answers(batch, self.context(None) if off else context)
+            beside = self._answers(batch, context) if off else [None] * len(batch)
+            for tile, answer, other in zip(batch, answers, beside, strict=True):
+                yield self._prediction(tile, answer, other, context, off)
 
     def embed(
         self, tiles: Sequence[TileLike], ct: CtLike | Context = None, **reading: Any
@@ -181,6 +188,8 @@ class FewShotClassifier:
             labels=indices,
             tokens=np.concatenate([self._tokens(batch) for batch in batches]),
             support_sha256=tuple(tile.sha256 for tile in inputs),
+            ct_tokens=None,
+            ct_of=None,
         )
         means = self._support_means(prototypes, context)
         # All that can fail has been done.
@@ -193,8 +202,21 @@ class FewShotClassifier:
         return self._means[context.key]
 
     def _support_means(self, support: Prototypes, context: Context) -> Float:
-        embedded = self._embed_tokens(support.tokens, context)
-        return class_means(embedded, support.labels, len(support.classes))
+        embedded = self._embed_support(support, context)
+        return fit_prototypes(embedded, support.labels, len(support.classes), support.fit)
+
+    def _embed_support(self, support: Prototypes, context: Context) -> Float:
+        """Embed the support: in the context, or with a CT each tile with its own patient's."""
+        if context.used is None or support.ct_tokens is None or support.ct_of is None:
+            return self._embed_tokens(support.tokens, context)
+        embedded = np.empty((len(support.labels), support.tokens.shape[2]), np.float32)
+        for index in np.unique(support.ct_of):
+            mine, own = support.ct_of == index, self.context(None)
+            if index >= 0:
+                tokens = support.ct_tokens[index : index + 1]
+                own = replace(own, tokens=tokens, present=np.ones(1, np.float32))
+            embedded[mine] = self._embed_tokens(support.tokens[mine], own)
+        return embedded
 
     def context(
         self, ct: CtLike, *, series_uid: str | None = None, allow_resample: bool = False
@@ -271,36 +293,74 @@ class FewShotClassifier:
         """Read one tile and bring it to the tile input; see `tile_input.prepare`."""
         return prepare(tile, self.preprocess, channels=channels, mpp=mpp, fill_missing=fill_missing)
 
+    def _answers(self, batch: Sequence[TileInput], context: Context) -> list[_Answer]:
+        """Classify a batch in one context."""
+        started = perf_counter()
+        support = self.prototypes
+        scale = support.scale_with_ct if context.used else support.scale
+        outputs = self._classify.run(
+            {
+                "tile": np.stack([tile.array for tile in batch]),
+                "ct_tokens": context.tokens,
+                "ct_present": context.present,
+                "prototypes": self.class_prototypes(context),
+                "scale": np.array([scale], dtype=np.float32),
+            }
+        )
+        share_ms = _ms_since(started) / len(batch)
+        probabilities = softmax(self._finite(outputs["logits"]))
+        return [
+            _Answer(
+                dict(zip(self.classes, map(float, chances), strict=True)),
+                dict(zip(self.classes, map(float, distances), strict=True)),
+                share_ms,
+            )
+            for chances, distances in zip(probabilities, outputs["distances"], strict=True)
+        ]
+
     def _prediction(
         self,
         tile: TileInput,
-        chances: NDArray[np.float64],
-        distances: Float,
+        answer: _Answer,
+        beside: _Answer | None,
         context: Context,
-        share_ms: float,
+        off: str | None,
     ) -> Prediction:
-        best = int(chances.argmax())
-        reason = None
-        if tile.blank:
-            reason = "no tissue: every channel is almost flat"
-        elif not chances[best] >= self.prototypes.min_confidence:
-            reason = (
-                f"low confidence: {chances[best]:.2f} for {self.classes[best]}, "
-                f"at least {self.prototypes.min_confidence:.2f} is asked for"
-            )
-        timings = {**context.timings_ms, "tile_read": tile.read_ms, "classify": share_ms}
+        reason = self._reason(tile, answer)
+        timings = {**context.timings_ms, "tile_read": tile.read_ms, "classify": answer.share_ms}
+        if beside:
+            timings["classify_with_ct"] = beside.share_ms
         return Prediction(
             tile=tile.name,
             sha256=tile.sha256,
-            label=None if reason else self.classes[best],
-            probabilities=dict(zip(self.classes, map(float, chances), strict=True)),
-            distances=dict(zip(self.classes, map(float, distances), strict=True)),
+            label=None if reason else answer.best,
+            probabilities=answer.chances,
+            distances=answer.distances,
             abstained=reason is not None,
             reason=reason,
-            ct=context.used,
+            ct=context.used and replace(context.used, off=off),
+            ct_change=self._change(tile, answer, beside) if beside else None,
             channels=tile.channels,
             warnings=tile.warnings,
             timings_ms={name: round(value, 3) for name, value in timings.items()},
+        )
+
+    def _reason(self, tile: TileInput, answer: _Answer) -> str | None:
+        """Say why there is no answer, if there is none."""
+        if tile.blank:
+            return "no tissue: every channel is almost flat"
+        chance, least = answer.chances[answer.best], self.prototypes.min_confidence
+        if not chance >= least:
+            return (
+                f"low confidence: {chance:.2f} for {answer.best}, at least {least:.2f} is asked for"
+            )
+        return None
+
+    def _change(self, tile: TileInput, answer: _Answer, beside: _Answer) -> CtChange:
+        return CtChange(
+            label=None if self._reason(tile, beside) else beside.best,
+            nearest=nearest(beside.distances),
+            shift={name: beside.chances[name] - answer.chances[name] for name in self.classes},
         )
 
     def _tokens(self, batch: Sequence[TileInput]) -> Float:

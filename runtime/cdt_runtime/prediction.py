@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,11 +20,28 @@ class CtUsed:
         series: size and spacing; never text or identifiers of the headers.
         cache_hit: whether its tokens came from the cache.
         warnings: what the reader had to mend or leave out.
+        off: why the answer does not rest on it, in one line; None where it does.
     """
 
     series: str
     cache_hit: bool
     warnings: tuple[str, ...] = ()
+    off: str | None = None
+
+
+@dataclass(frozen=True)
+class CtChange:
+    """What a CT would have changed, where the answer does not rest on it.
+
+    Attributes:
+        label: the class with the CT, or None where it would abstain.
+        nearest: the class with the nearest prototype.
+        shift: probability of each class with the CT, less that without.
+    """
+
+    label: str | None
+    nearest: str
+    shift: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -38,7 +56,9 @@ class Prediction:
         distances: Euclidean distance to each prototype on the unit sphere, 0 to 2.
         abstained: whether it declines to answer.
         reason: why it abstains.
-        ct: the CT context, or None.
+        ct: the CT context, or None; `ct.off` says whether the answer rests on it.
+        ct_change: what the CT would have changed; None where the answer rests on it, or there is
+            none.
         channels: for each model channel the file's channel, None where it was filled with zeros.
         warnings: what the user should know of this tile.
         timings_ms: milliseconds of each stage; the engine's time is shared by its batch.
@@ -52,6 +72,7 @@ class Prediction:
     abstained: bool
     reason: str | None
     ct: CtUsed | None
+    ct_change: CtChange | None
     channels: dict[str, str | None]
     warnings: tuple[str, ...]
     timings_ms: dict[str, float] = field(default_factory=dict)
@@ -59,7 +80,12 @@ class Prediction:
     @property
     def nearest(self) -> str:
         """The class with the nearest prototype, also where the answer is an abstention."""
-        return min(self.distances, key=lambda name: self.distances[name])
+        return nearest(self.distances)
+
+
+def nearest(distances: Mapping[str, float]) -> str:
+    """Return the class with the least distance."""
+    return min(distances, key=lambda name: distances[name])
 
 
 @dataclass(frozen=True, eq=False)

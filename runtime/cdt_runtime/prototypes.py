@@ -1,7 +1,8 @@
 """Class prototypes: the support set as the bundle keeps it, and the numpy around it.
 
-What is kept is not the class means but each support tile's tokens: support and query always pass
-the bridge in the same CT context, so the means are computed anew for each context.
+What is kept is not the class means but each support tile's tokens, for they depend on the CT. Where
+training paired CT and tiles, a support tile passes the bridge with its own patient's CT, as in the
+evaluation; else support and query share their context, and the means are computed anew for each.
 """
 
 from __future__ import annotations
@@ -45,8 +46,17 @@ class Prototypes:
         support_sha256: hash of each support tile's file or array.
         encoder_sha256: identity of the encoder, bridge and preprocessing that made the tokens.
         scale: factor of the negative squared distance in the logits; calibration is in it.
+        scale_with_ct: the same where the answer rests on a CT.
         min_confidence: below this probability the answer is an abstention.
-        calibration: how `scale` was fitted, in words and numbers.
+        fit: how the support becomes prototypes, a key of `FITS`: that of the evaluation.
+        ct_context: whether the validation tiles spoke for a CT; if not, the answer is without.
+        ct_gain: their gain in accuracy from it, `mean`, half-width `ci95` and `low`, the lower end
+            of its interval over patients; None where training had no CT.
+        calibration: how `scale` was fitted, with `learnt_scale` and, for each K, `temperatures` and
+            `temperatures_with_ct`: the scale for another K is the one over the other.
+        ct_tokens: `(P, T, C)` float32, of the support patients' CT where training paired CT and
+            tiles; else None.
+        ct_of: `(S,)` int64, which of them is each support tile's; -1 for none.
     """
 
     classes: tuple[str, ...]
@@ -55,8 +65,29 @@ class Prototypes:
     support_sha256: tuple[str, ...]
     encoder_sha256: str
     scale: float
+    scale_with_ct: float
     min_confidence: float
+    fit: str
+    ct_context: bool
+    ct_gain: Mapping[str, float] | None
     calibration: Mapping[str, Any]
+    ct_tokens: Float | None = None
+    ct_of: NDArray[np.int64] | None = None
+
+    @property
+    def ct_off(self) -> str | None:
+        """Why the answer does not rest on a CT, in one line; None where it does."""
+        if self.ct_context:
+            return None
+        if self.ct_gain is None:
+            return "CT context is off: there was no CT in training"
+        if self.ct_gain["low"] > 0:
+            return "CT context is off: in training CT and tiles were of different patients"
+        mean, half = (100 * self.ct_gain[name] for name in ("mean", "ci95"))
+        return (
+            f"CT context is off: validation showed no gain from it "
+            f"({mean:+.1f} ± {half:.1f} points)"
+        )
 
     def counts(self) -> dict[str, int]:
         """Return the number of support tiles of each class."""
@@ -71,12 +102,18 @@ class Prototypes:
             "labels": self.labels,
             "tokens": np.ascontiguousarray(self.tokens),
         }
+        if self.ct_tokens is not None and self.ct_of is not None:
+            tensors |= {"ct_tokens": np.ascontiguousarray(self.ct_tokens), "ct_of": self.ct_of}
         facts = {
             "classes": self.classes,
             "support_sha256": self.support_sha256,
             "encoder_sha256": self.encoder_sha256,
             "scale": self.scale,
+            "scale_with_ct": self.scale_with_ct,
             "min_confidence": self.min_confidence,
+            "fit": self.fit,
+            "ct_context": self.ct_context,
+            "ct_gain": self.ct_gain,
             "calibration": self.calibration,
         }
         return {TENSORS: save(tensors), FACTS: json.dumps(facts, indent=1).encode()}
@@ -105,8 +142,14 @@ class Prototypes:
                 support_sha256=tuple(values["support_sha256"]),
                 encoder_sha256=values["encoder_sha256"],
                 scale=float(values["scale"]),
+                scale_with_ct=float(values["scale_with_ct"]),
                 min_confidence=float(values["min_confidence"]),
+                fit=str(values["fit"]),
+                ct_context=bool(values["ct_context"]),
+                ct_gain=_gain(values["ct_gain"]),
                 calibration=values["calibration"],
+                ct_tokens=arrays.get("ct_tokens"),
+                ct_of=arrays.get("ct_of"),
             )
         except (SafetensorError, ValueError, KeyError, TypeError) as error:
             raise PrototypeError(f"prototypes can't be read ({error}): export again") from error
@@ -131,11 +174,35 @@ class Prototypes:
             raise PrototypeError(f"prototypes: labels do not number the {kinds} classes")
         if tokens.ndim != 3 or tokens.dtype != np.float32 or not np.isfinite(tokens).all():
             raise PrototypeError("prototypes: tokens are not finite float32 of shape (S, N, C)")
-        if not (0 < self.scale < float("inf") and 0 <= self.min_confidence <= 1):
+        scales = (self.scale, self.scale_with_ct)
+        in_range = all(0 < scale < float("inf") for scale in scales)
+        if not (in_range and 0 <= self.min_confidence <= 1):
             raise PrototypeError(
-                f"prototypes: scale {self.scale} or min_confidence {self.min_confidence} is out of "
-                f"range: export again"
+                f"prototypes: scale {scales[0]}, {scales[1]} or min_confidence "
+                f"{self.min_confidence} is out of range: export again"
             )
+        if self.ct_tokens is not None or self.ct_of is not None:
+            self._check_ct(self.ct_tokens, self.ct_of)
+        if self.fit not in FITS:
+            raise PrototypeError(
+                f"prototypes: fit {self.fit!r}: expected one of {', '.join(FITS)}: export again"
+            )
+
+    def _check_ct(self, tokens: Float | None, of: NDArray[np.int64] | None) -> None:
+        if tokens is None or tokens.ndim != 3 or not np.isfinite(tokens).all():
+            raise PrototypeError("prototypes: CT tokens are not finite float32 of shape (P, T, C)")
+        if (
+            of is None
+            or of.shape != self.labels.shape
+            or not ((of >= -1) & (of < len(tokens))).all()
+        ):
+            raise PrototypeError(f"prototypes: support tiles do not number the {len(tokens)} CT")
+
+
+def _gain(stored: Mapping[str, Any] | None) -> dict[str, float] | None:
+    if stored is None:
+        return None
+    return {name: float(stored[name]) for name in ("mean", "ci95", "low")}
 
 
 def encode_labels(labels: Sequence[str]) -> tuple[tuple[str, ...], NDArray[np.int64]]:

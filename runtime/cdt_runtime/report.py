@@ -11,14 +11,15 @@ from typing import Any
 
 from cdt_runtime.bundle import Bundle
 from cdt_runtime.classifier import FewShotClassifier
-from cdt_runtime.prediction import Prediction
+from cdt_runtime.prediction import CtChange, Prediction
 
+CANT_TELL = "can't tell"
 NOTICE = "Research use only: not a medical device."
 
 
 def as_record(prediction: Prediction, classifier: FewShotClassifier) -> dict[str, Any]:
     """Return the JSON object of one prediction; the README lists its keys."""
-    ct = asdict(prediction.ct) if prediction.ct else None
+    change = prediction.ct_change
     return {
         "tile": prediction.tile,
         "sha256": prediction.sha256,
@@ -28,7 +29,8 @@ def as_record(prediction: Prediction, classifier: FewShotClassifier) -> dict[str
         "distances": prediction.distances,
         "abstained": prediction.abstained,
         "reason": prediction.reason,
-        "ct": ct,
+        "ct": asdict(prediction.ct) if prediction.ct else None,
+        "ct_change": asdict(change) if change else None,
         "channels": prediction.channels,
         "warnings": list(prediction.warnings),
         "backend": classifier.engine,
@@ -65,7 +67,7 @@ def as_text(prediction: Prediction) -> str:
     """Return what a person reads of one prediction."""
     chances = sorted(prediction.probabilities.items(), key=lambda item: -item[1])
     if prediction.abstained:
-        verdict = f"can't tell ({prediction.reason})"
+        verdict = f"{CANT_TELL} ({prediction.reason})"
     else:
         verdict = f"{prediction.label}  {chances[0][1]:.2f}"
     width = max(len(name) for name, _ in chances)
@@ -74,6 +76,8 @@ def as_text(prediction: Prediction) -> str:
         f"    {name:<{width}}  probability {chance:.3f}  distance {prediction.distances[name]:.3f}"
         for name, chance in chances
     ]
+    if prediction.ct_change:
+        lines.append(f"    {_change_text(prediction, prediction.ct_change)}")
     renamed = [f"{ours} <- {theirs}" for ours, theirs in prediction.channels.items() if theirs]
     if any(ours != theirs for ours, theirs in prediction.channels.items() if theirs):
         lines.append(f"    channels: {', '.join(renamed)}")
@@ -100,6 +104,15 @@ def bundle_name(bundle: Bundle) -> str:
     return f"{bundle.path.name} ({bundle.manifest['precision']}, {bundle.identity})"
 
 
+def _change_text(prediction: Prediction, change: CtChange) -> str:
+    """Say what the CT would change, by the class that it favours most."""
+    top = max(change.shift, key=lambda name: change.shift[name])
+    shift = f"probability of {top} {change.shift[top]:+.3f}"
+    if change.label == prediction.label:
+        return f"with the CT (not used): the same, {shift}"
+    return f"with the CT (not used): {change.label or CANT_TELL}, {shift}"
+
+
 def _ct_text(prediction: Prediction) -> str:
     ct = prediction.ct
     if ct is None:
@@ -109,4 +122,5 @@ def _ct_text(prediction: Prediction) -> str:
         source = "tokens from the cache"
     else:
         source = f"read in {timings['ct_read']:.0f} ms, encoded in {timings['ct_encode']:.0f} ms"
-    return "; ".join([ct.series, source, *(f"warning: {warning}" for warning in ct.warnings)])
+    text = "; ".join([ct.series, source, *(f"warning: {warning}" for warning in ct.warnings)])
+    return f"{text}\n          {ct.off}" if ct.off else text

@@ -10,13 +10,17 @@ import pytest
 import torch
 from onnx import numpy_helper
 
-from cdt_export.build import Trained, export_bundle, load_trained, prove, read_tiles
+from cdt_export.build import export_bundle, prove, read_tiles, support_prototypes
 from cdt_export.graphs import Graph, build_graphs
 from cdt_export.onnx import to_onnx
+from cdt_export.parity import TOLERANCES, compare_decisions, exported_chances
 from cdt_runtime.backends import open_session
 from cdt_runtime.bundle import Bundle
-from cdt_runtime.errors import CheckpointError, DatasetError, ParityError
+from cdt_runtime.errors import BundleError, CheckpointError, DatasetError, ParityError
 from cdt_runtime.golden import self_test
+from cdt_runtime.prototypes import FACTS, FITS, fit_prototypes, softmax
+from cdt_train.split_record import SplitRecord
+from cdt_train.trained import Trained, load_trained
 
 GRAPHS = ("ct_encoder", "path_encoder", "bridge", "head", "tile_classifier")
 
@@ -42,6 +46,7 @@ def test_a_bundle_holds_every_part_in_single_files(bundle_dir: Path) -> None:
         "golden.npz",
         "prototypes.json",
         "prototypes.safetensors",
+        "split.safetensors",
     }
     for name in GRAPHS:
         model = onnx.load(bundle_dir / f"{name}.onnx", load_external_data=False)
@@ -86,7 +91,7 @@ def test_batch_and_classes_are_dynamic(bundle_dir: Path, batch: int, classes: in
     outputs = session.run(
         {
             "tile": np.zeros((batch, 6, 64, 64), np.uint8),
-            "ct_tokens": np.zeros((1, 4, 32), np.float32),
+            "ct_tokens": np.zeros((1, 8, 32), np.float32),
             "ct_present": np.zeros(1, np.float32),
             "prototypes": np.eye(classes, 32, dtype=np.float32),
             "scale": np.ones(1, np.float32),
@@ -97,8 +102,8 @@ def test_batch_and_classes_are_dynamic(bundle_dir: Path, batch: int, classes: in
 
 
 LAST_BIAS = {
-    "ct_encoder": "project.bias",
-    "path_encoder": "project.bias",
+    "ct_encoder": "project.0.bias",
+    "path_encoder": "project.0.bias",
     "bridge": "value.bias",
     "tile_classifier": "value.bias",
 }
@@ -164,7 +169,7 @@ def test_nothing_is_written_when_parity_fails(
 ) -> None:
     def sabotaged(graph: Graph, *, fp16: bool) -> bytes:
         data = to_onnx(graph, fp16=fp16)
-        return change_one_weight(data, "project.bias") if graph.name == "path_encoder" else data
+        return change_one_weight(data, "project.0.bias") if graph.name == "path_encoder" else data
 
     monkeypatch.setattr("cdt_export.build.to_onnx", sabotaged)
     with pytest.raises(ParityError):
@@ -193,6 +198,34 @@ def test_no_pixel_of_the_training_data_is_in_a_bundle(bundle_dir: Path, trained:
     text = (bundle_dir / "bundle.json").read_text() + (bundle_dir / "prototypes.json").read_text()
     assert "Patient_" not in text
     assert str(bundle_dir.parent.parent) not in text
+
+
+def test_paired_support_brings_its_own_patients_ct(
+    trained: Trained, exported: tuple[str, dict[str, bytes]], phantom_dir: Path, tmp_path: Path
+) -> None:
+    data = Path(shutil.copytree(phantom_dir, tmp_path / "data"))
+    assert len(read_tiles(trained, data)[1].support_ct) == 0
+    support, _ = read_tiles(trained, data)
+    owners = [name.split("/")[1] for name in support.names]
+    (data / "ct_data" / "R_002").rename(data / "ct_data" / owners[1])
+    support, held_out = read_tiles(trained, data)
+    assert len(held_out.support_ct) == 1
+    expected = [0 if owner == owners[1] else -1 for owner in owners]
+    assert held_out.support_ct_of.tolist() == expected
+    precision, models = exported
+    sessions = {name: open_session("onnxruntime", data) for name, data in models.items()}
+    found = support_prototypes(trained, support, held_out, sessions, "e" * 64)
+    assert found.ct_of is not None
+    assert found.ct_of.tolist() == expected
+    assert found.ct_tokens is not None
+    tokens = sessions["ct_encoder"].run({"ct": held_out.support_ct.numpy()})["ct_tokens"]
+    assert np.array_equal(found.ct_tokens, tokens)
+    scales = (trained.scale, trained.scale_with_ct)
+    rows = compare_decisions(
+        trained.model, sessions, held_out, scales, "mean", TOLERANCES[precision]
+    )
+    assert [row.label_flips for row in rows] == [0, 0]
+    assert max(row.max_probability_change for row in rows) < TOLERANCES[precision].probability
 
 
 def test_support_tiles_come_from_outside_the_test_fold(bundle_dir: Path, trained: Trained) -> None:
@@ -239,6 +272,67 @@ def test_labels_and_images_must_be_those_of_the_training(
     second.write_bytes(kept)
     with pytest.raises(DatasetError, match="is another image than the model was trained on"):
         read_tiles(trained, data)
+
+
+def test_a_bundle_decides_by_what_calibration_found(bundle_dir: Path, trained: Trained) -> None:
+    facts = json.loads((bundle_dir / FACTS).read_text())
+    found = trained.calibration
+    assert facts["fit"] == found["fit"]
+    assert facts["ct_context"] == found["ct_context"]
+    assert facts["ct_gain"] == {name: found["ct_gain"][name] for name in ("mean", "ci95", "low")}
+    for name, scale in (("temperatures", "scale"), ("temperatures_with_ct", "scale_with_ct")):
+        assert facts["calibration"][name] == found[name]
+        assert facts[scale] == pytest.approx(found["learnt_scale"] / found[name]["2"])
+
+
+@pytest.mark.parametrize("fit", FITS)
+def test_decisions_are_compared_by_the_fit_of_the_evaluation(
+    trained: Trained, exported: tuple[str, dict[str, bytes]], fit: str
+) -> None:
+    precision, models = exported
+    _, held_out = read_tiles(trained, None)
+    sessions = {name: open_session("onnxruntime", data) for name, data in models.items()}
+    context = sessions["ct_encoder"].run({"ct": held_out.ct.numpy()})
+    found = exported_chances(
+        sessions, held_out, context["ct_tokens"], np.ones(1, np.float32), trained.scale, fit
+    )
+    support = sessions["path_encoder"].run({"tile": held_out.support.numpy()})
+    there = {**context, "ct_present": np.ones(1, np.float32)}
+    embedded = sessions["bridge"].run({**support, **there})["embedding"]
+    head = {
+        "prototypes": fit_prototypes(embedded, held_out.support_labels, 2, fit),
+        "scale": np.array([trained.scale], np.float32),
+    }
+    tiles = {"tile": held_out.tiles[:4].numpy()}
+    logits = sessions["tile_classifier"].run({**tiles, **there, **head})["logits"]
+    assert np.allclose(found[:4], softmax(logits), atol=1e-6)
+    tolerance = TOLERANCES[precision]
+    rows = compare_decisions(
+        trained.model, sessions, held_out, (trained.scale, trained.scale_with_ct), fit, tolerance
+    )
+    assert [row.label_flips for row in rows] == [0, 0]
+
+
+def test_a_bundle_knows_its_split_without_names(bundle_dir: Path, trained: Trained) -> None:
+    record = SplitRecord.from_bytes((bundle_dir / "split.safetensors").read_bytes())
+    names = sorted(trained.info["tile_facts"])
+    for side, places in record.sides.items():
+        assert [names[place] for place in places] == trained.info["split"][side]
+    facts = trained.info["tile_facts"]
+    of_side = {side: [facts[n][0] for n in trained.info["split"][side]] for side in record.sides}
+    assert record.known(of_side["test"]) == 0
+    assert record.known(of_side["val"]) == len(of_side["val"])
+    assert record.known(["0" * 64]) == 0
+    with pytest.raises(BundleError, match=r"split.safetensors: can't be read .*: export again"):
+        SplitRecord.from_bytes(b"junk")
+
+
+def test_a_checkpoint_of_an_earlier_version_is_refused(trained_dir: Path, tmp_path: Path) -> None:
+    content = torch.load(trained_dir / "best_model.pt", weights_only=True)
+    del content["calibration"]["fit"]
+    torch.save(content, tmp_path / "old.pt")
+    with pytest.raises(CheckpointError, match=r"old.pt: its calibration lacks fit: an earlier "):
+        load_trained(tmp_path / "old.pt")
 
 
 def test_an_unfinished_checkpoint_is_refused(trained_dir: Path) -> None:

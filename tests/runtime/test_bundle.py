@@ -107,13 +107,13 @@ def test_an_edited_manifest_is_refused(path: Path) -> None:
 
 def test_another_schema_is_refused(path: Path) -> None:
     (path / MANIFEST).write_text('{"schema": 99}')
-    with pytest.raises(BundleError, match="schema 99, this version reads 1: export again"):
+    with pytest.raises(BundleError, match="schema 99, this version reads 2: export again"):
         Bundle.open(path)
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{", "not valid JSON: export again"), ("[]", "schema None, this version reads 1")],
+    [("{", "not valid JSON: export again"), ("[]", "schema None, this version reads 2")],
 )
 def test_a_broken_manifest_is_refused(path: Path, content: str, message: str) -> None:
     (path / MANIFEST).write_text(content)

@@ -10,7 +10,7 @@ import pytest
 from cdt_runtime import FewShotClassifier, read_series, read_tile
 from cdt_runtime.bundle import Bundle, write_bundle
 from cdt_runtime.errors import BackendError, PrototypeError, SeriesError, TileError
-from cdt_runtime.prototypes import FACTS, TENSORS, Prototypes
+from cdt_runtime.prototypes import FACTS, TENSORS, Prototypes, fit_prototypes, softmax
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def tiles(phantom_dir: Path) -> list[Path]:
 def test_a_prediction_says_all_there_is_to_say(
     classifier: FewShotClassifier, tiles: list[Path], ct: Path
 ) -> None:
-    predictions = classifier.predict(tiles, ct)
+    predictions = resting_on_ct(classifier, True).predict(tiles, ct)
     assert [prediction.tile for prediction in predictions] == [path.name for path in tiles]
     for prediction in predictions:
         assert set(prediction.probabilities) == {"invasion_front", "tumor_stroma"}
@@ -45,6 +45,94 @@ def test_a_prediction_says_all_there_is_to_say(
         assert prediction.ct is not None
         assert prediction.ct.series.startswith("24 slices of 256 x 256")
         assert set(prediction.timings_ms) == {"ct_read", "ct_encode", "tile_read", "classify"}
+
+
+def resting_on_ct(classifier: FewShotClassifier, ct_context: bool) -> FewShotClassifier:
+    gain = {"mean": 0.0012, "ci95": 0.0034, "low": -0.0022}
+    changed = replace(classifier.prototypes, ct_context=ct_context, ct_gain=gain)
+    classifier.prototypes = changed
+    return classifier
+
+
+def test_without_a_gain_the_ct_changes_nothing_and_its_change_is_shown(
+    classifier: FewShotClassifier, bundle_dir: Path, tiles: list[Path], ct: Path
+) -> None:
+    alone = classifier.predict(tiles)
+    on = resting_on_ct(FewShotClassifier.open(bundle_dir), True).predict(tiles, ct)
+    off = resting_on_ct(classifier, False).predict(tiles, ct)
+    for tile, with_ct, found in zip(alone, on, off, strict=True):
+        assert (tile.ct, tile.ct_change) == (None, None)
+        assert with_ct.ct is not None
+        assert (with_ct.ct.off, with_ct.ct_change) == (None, None)
+        assert found.probabilities == tile.probabilities
+        assert found.distances == tile.distances
+        assert found.label == tile.label
+        assert found.ct is not None
+        assert found.ct.off == (
+            "CT context is off: validation showed no gain from it (+0.1 ± 0.3 points)"
+        )
+        assert found.ct.series == with_ct.ct.series
+        assert found.ct_change is not None
+        assert found.ct_change.label == with_ct.label
+        assert found.ct_change.nearest == with_ct.nearest
+        for name, shift in found.ct_change.shift.items():
+            gap = with_ct.probabilities[name] - tile.probabilities[name]
+            assert shift == pytest.approx(gap, abs=1e-7)
+        assert "classify_with_ct" in found.timings_ms
+
+
+def test_answers_with_a_ct_have_a_scale_of_their_own(
+    classifier: FewShotClassifier, tiles: list[Path], ct: Path
+) -> None:
+    on = resting_on_ct(classifier, True)
+    on.prototypes = replace(on.prototypes, scale=1.0, scale_with_ct=2.0)
+    for context, scale in ((None, 1.0), (ct, 2.0)):
+        found = on.predict(tiles[:1], context)[0]
+        distances = np.array([*found.distances.values()])
+        expected = softmax(-scale * distances**2)
+        assert np.allclose([*found.probabilities.values()], expected, atol=1e-6)
+
+
+def test_paired_support_keeps_its_own_patients_ct(
+    classifier: FewShotClassifier, tiles: list[Path], ct: Path
+) -> None:
+    shared = classifier.prototypes
+    context, nothing = classifier.context(ct), classifier.context(None)
+    one, other = context.tokens, context.tokens + 1
+    own = np.concatenate([one, other])
+    place = np.array([0, 1, -1, 1])
+    paired = replace(shared, ct_tokens=own, ct_of=place)
+    files = paired.to_files()
+    sha = classifier.bundle.encoder_sha256
+    classifier.prototypes = Prototypes.from_files(files[TENSORS], files[FACTS], encoder_sha256=sha)
+    alone = [
+        replace(context, tokens=one),
+        replace(context, tokens=other),
+        nothing,
+        replace(context, tokens=other),
+    ]
+    embedded = np.concatenate(
+        [classifier._embed_tokens(shared.tokens[i : i + 1], alone[i]) for i in range(4)]
+    )
+    expected = fit_prototypes(embedded, shared.labels, 2, shared.fit)
+    assert np.allclose(classifier.class_prototypes(context), expected, atol=1e-6)
+    classifier._means.clear()
+    without = classifier._embed_tokens(shared.tokens, nothing)
+    expected = fit_prototypes(without, shared.labels, 2, shared.fit)
+    assert np.array_equal(classifier.class_prototypes(nothing), expected)
+    classifier.fit(tiles, ["a", "b"], ct)
+    assert classifier.prototypes.ct_tokens is None
+
+
+@pytest.mark.parametrize("fit", ["mean", "shrunk", "ridge"])
+def test_prototypes_are_fitted_as_in_the_evaluation(
+    classifier: FewShotClassifier, fit: str
+) -> None:
+    support = classifier.prototypes = replace(classifier.prototypes, fit=fit)
+    context = classifier.context(None)
+    embedded = classifier._embed_tokens(support.tokens, context)
+    expected = fit_prototypes(embedded, support.labels, 2, fit)
+    assert np.array_equal(classifier.class_prototypes(context), expected)
 
 
 def test_a_series_is_encoded_once(

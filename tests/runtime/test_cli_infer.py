@@ -11,7 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cdt_runtime.bundle import Bundle, write_bundle
 from cdt_runtime.cli import infer_command
+from cdt_runtime.prediction import CtChange, CtUsed, Prediction
+from cdt_runtime.prototypes import FACTS
+from cdt_runtime.report import as_text
 
 
 class Infer:
@@ -84,6 +88,7 @@ def test_json_has_one_object_a_line_with_the_promised_keys(
         "abstained",
         "reason",
         "ct",
+        "ct_change",
         "channels",
         "warnings",
         "backend",
@@ -94,6 +99,73 @@ def test_json_has_one_object_a_line_with_the_promised_keys(
     assert records[0]["ct"]["cache_hit"] is False
     assert "phantom" in records[0]["training_data"]
     assert json.loads(infer(ct, tile, "--json")[1])["ct"]["cache_hit"] is True
+
+
+OFF = "CT context is off: validation showed no gain from it (+0.1 ± 0.3 points)"
+
+
+def with_ct_context(bundle_dir: Path, folder: Path, **changed: object) -> Path:
+    """A copy of a bundle whose prototypes say otherwise."""
+    bundle = Bundle.open(bundle_dir)
+    files = {name: bundle.read(name) for name in bundle.manifest["files"]}
+    gain = {"mean": 0.0012, "ci95": 0.0034, "low": -0.0022}
+    facts = {**json.loads(files[FACTS]), "ct_gain": gain, **changed}
+    files[FACTS] = json.dumps(facts).encode()
+    return write_bundle(folder / "changed", files, bundle.manifest).path
+
+
+def test_a_ct_that_brought_no_gain_is_shown_and_not_used(
+    infer: Infer, ct: Path, tile: Path, tmp_path: Path
+) -> None:
+    infer.bundle = str(with_ct_context(Path(infer.bundle), tmp_path, ct_context=False))
+    alone = json.loads(infer("--no-ct", tile, "--json")[1])
+    record = json.loads(infer(ct, tile, "--json")[1])
+    assert record["probabilities"] == alone["probabilities"]
+    assert alone["ct_change"] is None
+    assert set(record["ct_change"]) == {"label", "nearest", "shift"}
+    assert record["ct"]["off"] == OFF
+    _, out, _ = infer(ct, tile)
+    assert "\n    with the CT (not used): " in out
+    assert ", probability of " in out
+    assert out.count(OFF) == 1
+    assert out.index("CT        24 slices") < out.index(OFF) < out.index("bundle    changed")
+
+
+def test_a_ct_that_brought_a_gain_decides(
+    infer: Infer, ct: Path, tile: Path, tmp_path: Path
+) -> None:
+    infer.bundle = str(with_ct_context(Path(infer.bundle), tmp_path, ct_context=True))
+    record = json.loads(infer(ct, tile, "--json")[1])
+    assert (record["ct_change"], record["ct"]["off"]) == (None, None)
+    assert record["ct"]["series"].startswith("24 slices")
+    _, out, _ = infer(ct, tile)
+    assert "not used" not in out
+    assert "CT context" not in out
+
+
+@pytest.mark.parametrize(
+    ("label", "words"),
+    [
+        ("a", "with the CT (not used): the same, probability of b +0.250"),
+        ("b", "with the CT (not used): b, probability of b +0.250"),
+        (None, "with the CT (not used): can't tell, probability of b +0.250"),
+    ],
+)
+def test_the_change_is_said_in_a_line(label: str | None, words: str) -> None:
+    prediction = Prediction(
+        tile="t",
+        sha256="",
+        label="a",
+        probabilities={"a": 0.9, "b": 0.1},
+        distances={"a": 0.5, "b": 1.0},
+        abstained=False,
+        reason=None,
+        ct=CtUsed("24 slices", True, off=OFF),
+        ct_change=CtChange(label, "b", {"a": -0.25, "b": 0.25}),
+        channels={},
+        warnings=(),
+    )
+    assert words in [line.strip() for line in as_text(prediction).splitlines()]
 
 
 def test_no_patient_data_of_the_headers_is_printed(infer: Infer, ct: Path, tile: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -29,7 +30,11 @@ SUPPORT = Prototypes(
     support_sha256=("a", "b", "c"),
     encoder_sha256="e" * 64,
     scale=3.5,
+    scale_with_ct=4.5,
     min_confidence=0.6,
+    fit="ridge",
+    ct_context=False,
+    ct_gain={"mean": 0.0012, "ci95": 0.0034, "low": -0.0022},
     calibration={"k_shot": 1},
 )
 
@@ -55,6 +60,43 @@ def test_damaged_prototypes_are_refused(tensors: bytes, facts: bytes) -> None:
         Prototypes.from_files(tensors, facts, encoder_sha256="e" * 64)
 
 
+def test_paired_prototypes_keep_their_ct() -> None:
+    tokens = np.ones((2, 3, 4), dtype=np.float32)
+    files = replace(SUPPORT, ct_tokens=tokens, ct_of=np.array([0, -1, 1])).to_files()
+    read = Prototypes.from_files(files[TENSORS], files[FACTS], encoder_sha256="e" * 64)
+    assert read.ct_tokens is not None
+    assert np.array_equal(read.ct_tokens, tokens)
+    assert read.ct_of is not None
+    assert read.ct_of.tolist() == [0, -1, 1]
+
+
+@pytest.mark.parametrize("field", ["fit", "ct_context", "ct_gain", "scale", "calibration"])
+def test_prototypes_that_lack_a_field_are_refused(field: str) -> None:
+    files = SUPPORT.to_files()
+    facts = {key: value for key, value in json.loads(files[FACTS]).items() if key != field}
+    with pytest.raises(PrototypeError, match=f"prototypes can't be read \\('{field}'\\): exp"):
+        Prototypes.from_files(files[TENSORS], json.dumps(facts).encode(), encoder_sha256="e" * 64)
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"ct_context": True}, None),
+        ({}, "CT context is off: validation showed no gain from it (+0.1 ± 0.3 points)"),
+        (
+            {"ct_gain": {"mean": 0.02, "ci95": 0.01, "low": 0.01}},
+            "CT context is off: in training CT and tiles were of different patients",
+        ),
+        ({"ct_gain": None}, "CT context is off: there was no CT in training"),
+    ],
+)
+def test_they_say_why_the_ct_is_not_used(change: dict[str, object], line: str | None) -> None:
+    support = replace(SUPPORT, **change)  # type: ignore[arg-type]
+    files = support.to_files()
+    read = Prototypes.from_files(files[TENSORS], files[FACTS], encoder_sha256="e" * 64)
+    assert read.ct_off == line
+
+
 def test_numbers_that_do_not_fit_are_refused() -> None:
     files = replace(SUPPORT, support_sha256=("a",)).to_files()
     with pytest.raises(PrototypeError, match="labels, tokens and hashes differ in number"):
@@ -68,8 +110,18 @@ def test_numbers_that_do_not_fit_are_refused() -> None:
         ({"labels": np.array([0, 0, 0])}, "labels do not number the 2 classes"),
         ({"tokens": SUPPORT.tokens * np.nan}, "tokens are not finite float32 of shape"),
         ({"tokens": SUPPORT.tokens[:, 0]}, "tokens are not finite float32 of shape"),
-        ({"scale": float("nan")}, "scale nan or min_confidence 0.6 is out of range"),
-        ({"min_confidence": 1.5}, "scale 3.5 or min_confidence 1.5 is out of range"),
+        ({"scale": float("nan")}, "scale nan, 4.5 or min_confidence 0.6 is out of range"),
+        ({"scale_with_ct": 0.0}, "scale 3.5, 0.0 or min_confidence 0.6 is out of range"),
+        (
+            {"ct_tokens": np.ones((2, 3, 4), np.float32), "ct_of": np.array([0, 2, 1])},
+            "support tiles do not number the 2 CT",
+        ),
+        (
+            {"ct_tokens": np.ones((2, 3), np.float32), "ct_of": np.array([0, 1, 1])},
+            r"CT tokens are not finite float32 of shape \(P, T, C\)",
+        ),
+        ({"fit": "median"}, "fit 'median': expected one of mean, shrunk, ridge: export again"),
+        ({"min_confidence": 1.5}, "scale 3.5, 4.5 or min_confidence 1.5 is out of range"),
     ],
 )
 def test_prototypes_that_make_no_sense_are_refused(change: dict[str, object], message: str) -> None:

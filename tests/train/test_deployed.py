@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from cdt_export.build import Trained, load_trained, read_tiles
+from cdt_export.build import read_tiles
 from cdt_export.parity import TOLERANCES, HeldOut
 from cdt_runtime.classifier import FewShotClassifier
 from cdt_runtime.errors import BundleError
 from cdt_runtime.prototypes import softmax
+from cdt_train.embed import embed_tiles
 from cdt_train.episodes import Episode, EpisodeSampler
-from cdt_train.episodic import embed_tiles
 from cdt_train.evaluate import draw_episodes, embed_with_bundle, metrics, score_episodes
+from cdt_train.trained import Trained, load_trained
 
 
 @pytest.fixture(scope="module")

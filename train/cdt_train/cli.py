@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+from importlib import import_module
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import click
 
@@ -20,6 +21,12 @@ Examples:
   cdt-train --config my.yaml training.num_epochs=30 --resume
 
 \b
+Other commands; each has --help:
+  cdt-train evaluate MODEL                 a checkpoint or a bundle, once more
+  cdt-train finetune DATA --layout NAME    a backbone on labelled images
+  cdt-train compare DATA --layout NAME     pretrained starts, with controls
+
+\b
 DATA holds
   ct_data/PATIENT/.../*.dcm               one CT series a folder
   pathology_data/PATIENT/REGION/          one file a marker, or one image file
@@ -32,8 +39,41 @@ Research use only: not a medical device.
 """
 
 
+COMMANDS = {
+    "evaluate": "cdt_train.cli_evaluate:evaluate_command",
+    "finetune": "cdt_train.cli_finetune:finetune_command",
+    "compare": "cdt_train.cli_finetune:compare_command",
+}
+"""What the first argument may name in place of an option or a KEY=VALUE."""
+
+
+class TrainCommand(click.Command):
+    """Trains, unless the first argument names another command."""
+
+    def make_context(
+        self,
+        info_name: str | None,
+        args: list[str],
+        parent: click.Context | None = None,
+        **extra: Any,
+    ) -> click.Context:
+        """Parse the arguments, by the command that they are for."""
+        if not args or args[0] not in COMMANDS:
+            return super().make_context(info_name, args, parent, **extra)
+        module, _, name = COMMANDS[args[0]].partition(":")
+        command: click.Command = getattr(import_module(module), name)
+        return command.make_context(f"{info_name} {args[0]}", args[1:], parent, **extra)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command that the arguments are for."""
+        return super().invoke(ctx) if ctx.command is self else ctx.command.invoke(ctx)
+
+
 @click.command(
-    "cdt-train", epilog=EXAMPLES, context_settings={"help_option_names": ["-h", "--help"]}
+    "cdt-train",
+    cls=TrainCommand,
+    epilog=EXAMPLES,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE ...]")
 @click.option("--kshot", type=click.IntRange(min=1), help="Support tiles a class.  [default: 5]")

@@ -1,4 +1,4 @@
-"""The same evaluation from what is deployed: embeddings by an exported bundle, without PyTorch."""
+"""The same evaluation from what is deployed: embeddings by an exported bundle's own graphs."""
 
 from __future__ import annotations
 
@@ -7,12 +7,16 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from cdt_runtime.backends import Session, open_session
 from cdt_runtime.bundle import Bundle
 from cdt_runtime.classifier import FewShotClassifier
 from cdt_runtime.errors import BundleError
+from cdt_train.models.prototypical import PrototypicalHead
+from cdt_train.models.transfer_model import TransferModel
 from cdt_train.scores import Floats
 
 PARTS = ("ct_encoder", "path_encoder", "bridge")
@@ -52,6 +56,68 @@ def embed_with_bundle(
         for start in range(0, len(tiles), size)
     ]
     return np.concatenate(parts)
+
+
+def shipped_model(bundle: Bundle, *, backend: str = "onnxruntime") -> TransferModel:
+    """Put the graphs of a bundle behind the parts of a model, for the evaluation of both alike.
+
+    It embeds; it has neither head nor context bank, and learns nothing.
+    """
+    sessions = {name: open_session(backend, bundle.read(f"{name}.onnx")) for name in PARTS}
+    outputs = bundle.manifest["graphs"]["ct_encoder"]["outputs"]
+    parts: Any = (
+        _Encoder(sessions["ct_encoder"], "ct", "ct_tokens"),
+        _Encoder(sessions["path_encoder"], "tile", "tile_tokens"),
+        _Bridge(sessions["bridge"], tuple(outputs["ct_tokens"]["shape"])),
+        nn.Identity(),
+        nn.Identity(),
+    )
+    ct_encoder, path_encoder, bridge, discriminator, classifier = parts
+    return TransferModel(
+        ct_encoder, path_encoder, bridge, PrototypicalHead(), discriminator, classifier
+    )
+
+
+class _Encoder(nn.Module):
+    def __init__(self, session: Session, source: str, target: str) -> None:
+        super().__init__()
+        self.session, self.source, self.target = session, source, target
+
+    def forward(self, images: Tensor) -> Tensor:
+        array = np.ascontiguousarray(images.numpy())
+        return torch.from_numpy(self.session.run({self.source: array})[self.target])
+
+
+class _Bridge(nn.Module):
+    """Runs tiles in the context of one CT, or each in its own.
+
+    Attributes:
+        bank: zeros in the shape of the CT tokens, which stand in for no CT.
+    """
+
+    bank: Tensor
+
+    def __init__(self, session: Session, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.session = session
+        self.register_buffer("bank", torch.zeros(shape))
+
+    def forward(self, tile_tokens: Tensor, ct_tokens: Tensor, ct_present: Tensor) -> Tensor:
+        if len(ct_tokens) == 1:
+            return self._in_one(tile_tokens, ct_tokens, ct_present)
+        alike: dict[bytes, list[int]] = {}
+        for index, ct in enumerate(ct_tokens):
+            alike.setdefault(ct.numpy().tobytes(), []).append(index)
+        embedded = torch.empty(len(tile_tokens), ct_tokens.shape[-1])
+        for chosen in alike.values():
+            one = slice(chosen[0], chosen[0] + 1)
+            embedded[chosen] = self._in_one(tile_tokens[chosen], ct_tokens[one], ct_present[one])
+        return embedded
+
+    def _in_one(self, tile_tokens: Tensor, ct_tokens: Tensor, ct_present: Tensor) -> Tensor:
+        named = {"tile_tokens": tile_tokens, "ct_tokens": ct_tokens, "ct_present": ct_present}
+        inputs = {name: np.ascontiguousarray(value.numpy()) for name, value in named.items()}
+        return torch.from_numpy(self.session.run(inputs)["embedding"])
 
 
 def _embed(

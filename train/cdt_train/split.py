@@ -215,14 +215,32 @@ def _evaluation(
     found = {}
     for k in training.shots:
         try:
-            sampler = _sampler(part, None, k, training.test_queries)
-            # The K of the recipe keeps its stream, whatever other K stand beside it.
-            seed = [training.seed, *stream, *([] if k == training.k_shot else [k])]
-            found[k] = draw_episodes(sampler, count, seed)
+            found[k] = evaluation_episodes(part, training, k, count, stream)
         except DatasetError:
             if k == training.k_shot:
                 raise
     return found
+
+
+def evaluation_episodes(
+    part: TileArrays, training: TrainingRecipe, k_shot: int, count: int, stream: Sequence[int]
+) -> list[Episode]:
+    """Draw episodes of all classes of one side.
+
+    Args:
+        part: the side's tiles.
+        training: seed and number of queries.
+        k_shot: support tiles a class.
+        count: how many episodes; fewer of them are the first of more.
+        stream: fold and purpose, as `[1, TEST_EPISODES]`.
+
+    Raises:
+        DatasetError: this K does not fit.
+    """
+    sampler = _sampler(part, None, k_shot, training.test_queries)
+    # The K of the recipe keeps its stream, whatever other K stand beside it.
+    seed = [training.seed, *stream, *([] if k_shot == training.k_shot else [k_shot])]
+    return draw_episodes(sampler, count, seed)
 
 
 def _sampler(part: TileArrays, n_way: int | None, k_shot: int, n_query: int) -> EpisodeSampler:

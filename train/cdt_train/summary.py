@@ -132,7 +132,9 @@ def _calibration(folds: Folds) -> dict[str, dict[str, float]]:
     row = "with_ct" if "with_ct" in folds[0]["test"] else "without_ct"
     return {
         k: {
-            "temperature": _mean([fold["calibration"]["temperatures_with_ct"][k] for fold in folds]),
+            "temperature": _mean(
+                [fold["calibration"]["temperatures_with_ct"][k] for fold in folds]
+            ),
             "ece_before": _mean([fold["test"][row][k]["ece_before"] for fold in folds]),
             "ece_after": _mean([fold["test"][row][k]["ece"] for fold in folds]),
         }
@@ -143,15 +145,33 @@ def _calibration(folds: Folds) -> dict[str, dict[str, float]]:
 def _table(report: Mapping[str, Any], k: str) -> str:
     folds = len(report["folds"])
     means = "the 95 % interval over folds" if folds > 1 else "of one fold: no interval"
-    lines = [
+    heading = (
         f"{len(report['classes'])}-way {k}-shot on test {report['grouped_by']}s: mean of {folds} "
-        f"fold(s), {report['episodes']} episodes each; ± is {means}",
-        "",
-        " " * 22 + "".join(f"{title:>15}" for title in COLUMNS.values()),
-    ]
-    for row, title in report["rows"].items():
-        cells = report["over_folds"][row][k]
-        lines.append(f"{title:<22}" + "".join(_cell(cells.get(name), folds) for name in COLUMNS))
+        f"fold(s), {report['episodes']} episodes each; ± is {means}"
+    )
+    cells = {row: by_k[k] for row, by_k in report["over_folds"].items()}
+    return rows_table(heading, report["rows"], cells, folds=folds)
+
+
+def rows_table(
+    heading: str,
+    rows: Mapping[str, str],
+    cells: Mapping[str, Mapping[str, Mapping[str, float]]],
+    *,
+    folds: int,
+) -> str:
+    """Return a table of one K.
+
+    Args:
+        heading: the line above it.
+        rows: title of each row.
+        cells: for each row and metric `mean` and, of several folds, `ci95`.
+        folds: how many there are.
+    """
+    lines = [heading, "", " " * 22 + "".join(f"{title:>15}" for title in COLUMNS.values())]
+    for row, title in rows.items():
+        found = cells[row]
+        lines.append(f"{title:<22}" + "".join(_cell(found.get(name), folds) for name in COLUMNS))
     return "\n".join(lines)
 
 
