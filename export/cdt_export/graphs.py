@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from cdt_runtime.preprocess import Preprocess
 from cdt_train.models.bridge import Bridge
-from cdt_train.models.layers import Offset
 from cdt_train.models.prototypical import PrototypicalHead
 from cdt_train.models.transfer_model import TransferModel
 
@@ -67,9 +66,6 @@ class HalfPrecision(nn.Module):
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module.half()
-        for part in self.module.modules():
-            if isinstance(part, Offset):
-                part.float()
 
     def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
         """Cast in, compute, cast out."""
@@ -80,12 +76,14 @@ class HalfPrecision(nn.Module):
 
 
 def in_half_precision(module: nn.Module) -> nn.Module:
-    """Return a copy that computes in float16; the head is tiny, decides, and stays in float32."""
+    """Return a copy that computes in float16, but for the bridge and the head.
+
+    The head is tiny and decides; what the bridge adds is a small difference of large sums, which
+    half precision would lose.
+    """
     if isinstance(module, TileClassifier):
-        return TileClassifier(
-            in_half_precision(module.path_encoder), in_half_precision(module.bridge), module.head
-        )
-    if isinstance(module, PrototypicalHead):
+        return TileClassifier(in_half_precision(module.path_encoder), module.bridge, module.head)
+    if isinstance(module, PrototypicalHead | BridgeGraph):
         return module
     return HalfPrecision(copy.deepcopy(module))
 

@@ -91,7 +91,7 @@ class Bridge(nn.Module):
         """Add the gated residual to the pooled tile tokens; unit vectors `(B, E)`."""
         pooled = tile_tokens.float().mean(dim=1)
         gate = torch.tanh(self.gate.float()) * present.float().reshape(-1, 1)
-        return unit_length(self.centre(pooled + gate * residual))
+        return unit_length(self.centre(pooled + gate * self.offset(residual)))
 
     def attention(self, tile_tokens: Tensor, ct_tokens: Tensor) -> Tensor:
         """Read out where each tile token looks.
@@ -115,7 +115,6 @@ class Bridge(nn.Module):
     @torch.no_grad()
     def settle(self, tile_tokens: Tensor, ct_tokens: Tensor) -> None:
         """Take the mean of the residual from training tiles `(n, N, C)` with CT `(A, T, C)`."""
-        self.offset.mean.zero_()
         drawn = [self.residual(tile_tokens, ct).mean(dim=0) for ct in torch.split(ct_tokens, 1)]
         self.offset.mean.copy_(torch.stack(drawn).mean(dim=0))
 
@@ -135,8 +134,8 @@ class Bridge(nn.Module):
         values = torch.cat([values, torch.zeros_like(values[:, :1])], dim=1)
         weights = self._weights(tile_tokens, memory, mask)
         gathered = torch.matmul(weights, self._heads(values)).transpose(1, 2).flatten(2)
-        drawn: Tensor = self.offset(self.output(gathered.mean(dim=1)))
-        return drawn
+        drawn: Tensor = self.output(gathered.mean(dim=1))
+        return drawn.float()
 
     def _weights(self, tile_tokens: Tensor, memory: Tensor, mask: Tensor | None) -> Tensor:
         """Explicit matrix products and softmax, which every inference engine runs."""
