@@ -18,6 +18,19 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 MODES = ("linear", "full", "frt")
 
+EXAMPLES = """
+\b
+Examples:
+  cdt-train compare adrenalmnist3d_64.npz --layout medmnist --image-size 32 \\
+      --epochs 12 --learning-rate 3e-3 --ema-decay 0.98 --tta --ssl --ssl-epochs 8
+  cdt-train compare TILES --layout image_folders --image-size 224 \\
+      --backbone timm:resnet18 --weights imagenet=resnet18.safetensors \\
+      --modes linear,full,frt
+
+\b
+Choose settings with --dev-share 0.2 first: val and test then stay untouched.
+"""
+
 DATA_OPTIONS = (
     click.argument("data", metavar="DATA", type=click.Path(path_type=Path)),
     click.option("--layout", required=True, help="How DATA is laid out, such as medmnist."),
@@ -106,7 +119,7 @@ def finetune_command(
     click.echo(f"model     {Path(output_dir) / 'finetuned.pt'}")
 
 
-@click.command("compare")
+@click.command("compare", epilog=EXAMPLES)
 @_with(*DATA_OPTIONS)
 @click.option("--weights", multiple=True, metavar="NAME=PATH", help="A pretrained start; repeat.")
 @click.option("--ssl", is_flag=True, help="Add our own pretraining on the training images.")

@@ -251,7 +251,7 @@ def as_text(found: Mapping[str, Any]) -> str:
     foot = [
         f"{found['items']} images of {found['reported']}; {found['note']}",
         f"mean over {count} seeds; +- 95 % over seeds; [] 95 % over resampled groups, paired for "
-        "the difference",
+        "the difference, which leave out what another seed would change",
         "a gain counts as transfer only where it exceeds that of the same weights permuted",
     ]
     return "\n".join([*table, "", *foot])
