@@ -90,9 +90,12 @@ def test_the_folds_of_the_data_set_are_said(
 ) -> None:
     folds = make_folds(RECIPE, loaded(by_group(*["0"] * 4, *["1"] * 4, *["2"] * 4)), tmp_path)
     assert [fold.split["test"][0] for fold in folds] == ["0", "16", "32"]
-    assert capsys.readouterr().err == (
-        "folds are those of the data set (0, 1, 2): training.num_folds is not used\n"
-    )
+    assert capsys.readouterr().err.splitlines() == [
+        "folds are those of the data set (0, 1, 2): training.num_folds is not used",
+        "K = 3 is left out of the tables: some split has too few tiles of a class for it",
+        "K = 5 is left out of the tables: some split has too few tiles of a class for it",
+    ]
+    assert all(set(fold.test_episodes) == {1, 2} for fold in folds)
 
 
 def test_no_ct_at_all_is_no_error_and_only_held_out_ct_is(tmp_path: Path) -> None:
