@@ -105,12 +105,15 @@ def bundle_name(bundle: Bundle) -> str:
 
 
 def _change_text(prediction: Prediction, change: CtChange) -> str:
-    """Say what the CT would change, by the class that it favours most."""
-    top = max(change.shift, key=lambda name: change.shift[name])
-    shift = f"probability of {top} {change.shift[top]:+.3f}"
-    if change.label == prediction.label:
-        return f"with the CT (not used): the same, {shift}"
-    return f"with the CT (not used): {change.label or CANT_TELL}, {shift}"
+    """Say what the CT would change: the answer, and the probability of the class it is nearest."""
+    same = change.label == prediction.label
+    answer = "the same" if same else change.label or CANT_TELL
+    shift = change.shift[change.nearest]
+    chance = prediction.probabilities[change.nearest] + shift
+    return (
+        f"with the CT (not used): {answer}, probability of {change.nearest} {chance:.3f} "
+        f"({shift:+.3f})"
+    )
 
 
 def _ct_text(prediction: Prediction) -> str:

@@ -146,9 +146,9 @@ def test_a_ct_that_brought_a_gain_decides(
 @pytest.mark.parametrize(
     ("label", "words"),
     [
-        ("a", "with the CT (not used): the same, probability of b +0.250"),
-        ("b", "with the CT (not used): b, probability of b +0.250"),
-        (None, "with the CT (not used): can't tell, probability of b +0.250"),
+        ("a", "with the CT (not used): the same, probability of b 0.350 (+0.250)"),
+        ("b", "with the CT (not used): b, probability of b 0.350 (+0.250)"),
+        (None, "with the CT (not used): can't tell, probability of b 0.350 (+0.250)"),
     ],
 )
 def test_the_change_is_said_in_a_line(label: str | None, words: str) -> None:
