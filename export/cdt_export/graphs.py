@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cdt_runtime.preprocess import Preprocess
+from cdt_train.encoders.turned import without_turns
 from cdt_train.models.bridge import Bridge
 from cdt_train.models.prototypical import PrototypicalHead
 from cdt_train.models.transfer_model import TransferModel
@@ -123,6 +124,7 @@ def build_graphs(model: TransferModel, preprocess: Preprocess, *, n_classes: int
         ct_tokens, ct_present = model.context(ct)
         tile_tokens = model.path_encoder(tile)
         embedding = model.bridge(tile_tokens, ct_tokens, ct_present)
+    encoder = without_turns(model.path_encoder)
     prototypes = torch.nn.functional.normalize(
         torch.randn(max(2, n_classes), embedding.shape[1], generator=generator), dim=1
     )
@@ -133,9 +135,7 @@ def build_graphs(model: TransferModel, preprocess: Preprocess, *, n_classes: int
     head = {"prototypes": prototypes, "scale": scale}
     return [
         Graph("ct_encoder", model.ct_encoder, {"ct": ct}, ("ct_tokens",), {}),
-        Graph(
-            "path_encoder", model.path_encoder, {"tile": tile}, ("tile_tokens",), {"tile": batch}
-        ),
+        Graph("path_encoder", encoder, {"tile": tile}, ("tile_tokens",), {"tile": batch}),
         Graph(
             "bridge",
             bridge,
@@ -152,7 +152,7 @@ def build_graphs(model: TransferModel, preprocess: Preprocess, *, n_classes: int
         ),
         Graph(
             "tile_classifier",
-            TileClassifier(model.path_encoder, bridge, model.head),
+            TileClassifier(encoder, bridge, model.head),
             {"tile": tile, **context, **head},
             ("logits", "distances", "embedding", "ct_residual"),
             {"tile": batch, "prototypes": classes},

@@ -52,3 +52,22 @@ def test_views_of_a_pair_differ() -> None:
     assert not torch.equal(views[:3], views[3:])
     assert views.min() >= -1
     assert views.max() <= 1
+
+
+def test_gray_tiles_lose_their_colours_and_others_keep_them() -> None:
+    change = TileAugmentation(size=32, min_crop=0.9, rgb=True, gray=0.5)
+    changed = change(TILES.repeat(20, 1, 1, 1), seeded(0))
+    colourless = (changed.amax(dim=1) - changed.amin(dim=1)).amax(dim=(1, 2)) < 1e-6
+    assert 40 < colourless.sum() < 80
+
+
+def test_stains_mix_across_colours_and_white_stays_white() -> None:
+    options = {"size": 32, "min_crop": 0.9, "rgb": True, "stain_jitter": 0.0}
+    red = torch.ones(40, 3, 32, 32)
+    red[:, 1:] = 0.2  # absorbs green and blue alone
+    plain = TileAugmentation(**options)(red, seeded(0))
+    mixed = TileAugmentation(**options, stain_mix=0.2)(red, seeded(0))
+    assert plain[:, 1:].std() < 0.1
+    assert mixed.amin(dim=(2, 3)).std(dim=0).min() > plain.amin(dim=(2, 3)).std(dim=0).max()
+    white = TileAugmentation(**options, stain_mix=0.2)(torch.ones(8, 3, 32, 32), seeded(0))
+    assert white.min() > 0.99

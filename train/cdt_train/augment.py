@@ -23,6 +23,9 @@ class TileAugmentation:
         min_crop: least side of the random square, as a share of the tile's.
         rgb: bright-field tiles, whose stains absorb; else fluorescence, whose channels shine.
         stain_jitter: most relative change of an absorbing stain's optical density.
+        stain_mix: spread of what each colour's optical density takes from each other's: stains and
+            scanners of other laboratories mix colours in another way.
+        gray: chance that a bright-field tile loses its colours, so that form counts too.
         channel_dropout: chance that one channel of a tile goes missing.
         blur: chance of a slight blur.
     """
@@ -31,6 +34,8 @@ class TileAugmentation:
     min_crop: float
     rgb: bool
     stain_jitter: float = 0.3
+    stain_mix: float = 0.0
+    gray: float = 0.0
     channel_dropout: float = 0.0
     blur: float = 0.0
 
@@ -68,10 +73,18 @@ class TileAugmentation:
         density = -torch.log(tiles.clamp_min(1.0 / 255.0))
         for shape in ((count, channels, 1, 1), (count, 1, 1, 1)):
             density = density * (1 + self.stain_jitter * _symmetric(shape, generator))
+        if self.stain_mix > 0:
+            drawn = torch.randn(count, channels, channels, generator=generator)
+            mixing = torch.eye(channels) + self.stain_mix * drawn
+            density = torch.matmul(mixing, density.flatten(2)).view_as(density)
         stained = torch.exp(-density)
         middle = stained.mean(dim=(1, 2, 3), keepdim=True)
         contrast = 1 + 0.2 * _symmetric((count, 1, 1, 1), generator)
-        return (stained - middle) * contrast + middle
+        changed = (stained - middle) * contrast + middle
+        if self.gray > 0:
+            chosen = torch.rand(count, 1, 1, 1, generator=generator) < self.gray
+            changed = torch.where(chosen, changed.mean(dim=1, keepdim=True), changed)
+        return changed
 
 
 def paired_views(volumes: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:

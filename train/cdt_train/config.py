@@ -87,8 +87,13 @@ class TrainingRecipe(_Section):
     stain_jitter: float = Field(
         0.3, ge=0, lt=1, description="change of a stain's optical density; RGB alone"
     )
+    stain_mix: float = Field(
+        0.05, ge=0, le=0.5, description="spread of how colours mix in optical density; RGB alone"
+    )
+    gray: float = Field(0.1, ge=0, le=1, description="chance of a tile without colours; RGB alone")
     blur: float = Field(0.0, ge=0, le=1, description="chance of a slight blur")
-    # Phase 2: the tile encoder.
+    # Phase 2: the tile encoder, first by views of tiles alone, then by classes too.
+    view_epochs: int = Field(0, ge=0, description="of encoder_steps, before any class is told")
     encoder_epochs: int = Field(4, ge=0)
     encoder_steps: int = Field(20, ge=1, description="batches an epoch")
     encoder_batch_size: int = Field(32, ge=4)
@@ -96,7 +101,7 @@ class TrainingRecipe(_Section):
     cutmix: float = Field(0.0, ge=0, le=1, description="chance of a batch of mixed tiles")
     supcon_weight: float = Field(0.5, ge=0, description="of the supervised contrastive loss")
     view_weight: float = Field(
-        0.0, ge=0, description="of the contrast of two views of a tile, which knows no class"
+        0.0, ge=0, description="of the contrast of two views of a tile beside classes"
     )
     # Phase 3: episodic training of the whole model.
     num_epochs: int = Field(3, ge=1)

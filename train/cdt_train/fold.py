@@ -40,6 +40,7 @@ from cdt_train.rows import (
 )
 from cdt_train.split import TEST_CT, Fold
 from cdt_train.tile_phase import TilePhase
+from cdt_train.tile_views import ViewPhase
 
 GATE_RATE = 10.0
 """Of the learning rate, for the bridge's gate where CT and tiles are paired: it starts closed and
@@ -47,6 +48,8 @@ is a single number. Unpaired it has nothing to open for."""
 
 SETTLING_CONTEXTS, SETTLING_TILES = 8, 256
 """Volumes and tiles, at most, that the mean of the bridge's residual is taken over."""
+
+History = list[dict[str, float]]
 
 TILE_ENCODER = "tile_encoder.pt"
 PROTONET = "protonet.pt"
@@ -90,7 +93,7 @@ def train_fold(
         f"{len(fold.test)} test tiles, all of different {data.info['grouped_by']}s"
     )
     run = FoldRun(fold, recipe, data, engine, resume)
-    tiles_history, features = _train_tiles(run)
+    learnt, features = _train_tiles(run)
     before = _started(run, features, ct_encoder)
     plain = _train_protonet(run, features, ct_encoder)
     history = _train_episodes(run, features, ct_encoder)
@@ -105,7 +108,7 @@ def train_fold(
         "tiles": {side: len(names) for side, names in fold.split.items()},
         "validation": {"epoch": best["epoch"], "best_metric": best["best_metric"]},
         "gate": float(torch.tanh(model.bridge.gate).item()),
-        "history": {"tiles": tiles_history, "episodes": history},
+        "history": {**learnt, "episodes": history},
         **tested.record,
     }
     if engine.is_main:
@@ -242,14 +245,14 @@ def _ct_gain(run: FoldRun, val: Scores, k: int) -> dict[str, float]:
     return {**found, "ci95": (found["high"] - found["low"]) / 2}
 
 
-def _train_tiles(run: FoldRun) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
-    """Phase 2; returns its history and the weights of the tile encoder and the classifier."""
+def _train_tiles(run: FoldRun) -> tuple[dict[str, History], dict[str, Tensor]]:
+    """Phase 2; returns its histories and the weights of the tile encoder and the classifier."""
     training, path = run.recipe.training, run.fold.folder / TILE_ENCODER
     model = new_model(run.fold, run.recipe)
     if run.resume and path.is_file():
         found = load_checkpoint(path, ("model_state_dict", "history"))
-        return list(found["history"]), dict(found["model_state_dict"])
-    history: list[dict[str, float]] = []
+        return dict(found["history"]), dict(found["model_state_dict"])
+    history: dict[str, History] = {"views": _view_tiles(run, model), "tiles": []}
     if training.encoder_epochs:
         phase = TilePhase(
             model,
@@ -264,12 +267,8 @@ def _train_tiles(run: FoldRun) -> tuple[list[dict[str, float]], dict[str, Tensor
             seed=run.seed,
             device=run.engine.device,
         )
-        schedule = replace(
-            _schedule(run, training.encoder_epochs, training.encoder_steps),
-            learning_rate=training.encoder_learning_rate,
-            groups=None,
-        )
-        history = train_phase(phase, schedule, _saved(run, "tiles", None), run.engine)
+        schedule = _encoder_schedule(run, training.encoder_epochs)
+        history["tiles"] = train_phase(phase, schedule, _saved(run, "tiles", None), run.engine)
     kept = ("path_encoder.", "classifier.")
     state = {
         name: value.cpu().clone()
@@ -280,6 +279,23 @@ def _train_tiles(run: FoldRun) -> tuple[list[dict[str, float]], dict[str, Tensor
         save_checkpoint(path, {"model_state_dict": state, "history": history})
     run.engine.wait()
     return history, state
+
+
+def _view_tiles(run: FoldRun, model: TransferModel) -> History:
+    """Phase 2 before classes: the tile encoder learns to know a tile in any view."""
+    training = run.recipe.training
+    if not training.view_epochs:
+        return []
+    phase = ViewPhase(
+        model,
+        run.fold.train,
+        augmentation=_augmentation(run),
+        batch_size=training.encoder_batch_size,
+        seed=run.seed,
+        device=run.engine.device,
+    )
+    schedule = _encoder_schedule(run, training.view_epochs)
+    return train_phase(phase, schedule, _saved(run, "views", None), run.engine)
 
 
 def _train_protonet(
@@ -382,6 +398,8 @@ def _augmentation(run: FoldRun) -> TileAugmentation:
         min_crop=training.min_crop,
         rgb=preprocess.channels == RGB,
         stain_jitter=training.stain_jitter,
+        stain_mix=training.stain_mix,
+        gray=training.gray,
         channel_dropout=run.recipe.data.channel_dropout if preprocess.fill_missing else 0.0,
         blur=training.blur,
     )
@@ -400,6 +418,15 @@ def _schedule(run: FoldRun, epochs: int, steps: int) -> Schedule:
         ema_decay=training.ema_decay,
         groups=_rates(training.encoder_rate, GATE_RATE if run.data.paired else 1.0),
         seed=run.seed,
+    )
+
+
+def _encoder_schedule(run: FoldRun, epochs: int) -> Schedule:
+    training = run.recipe.training
+    return replace(
+        _schedule(run, epochs, training.encoder_steps),
+        learning_rate=training.encoder_learning_rate,
+        groups=None,
     )
 
 

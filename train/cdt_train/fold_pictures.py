@@ -31,6 +31,7 @@ from cdt_train.split import Fold
 if TYPE_CHECKING:
     from cdt_train.fold import Tested
 
+VIEW_PANELS = {"view_contrast": "contrastive loss", "view_accuracy": "accuracy of matching views"}
 TILE_PANELS = {
     "loss": "loss",
     "val_loss": "loss",
@@ -47,7 +48,8 @@ EPISODE_PANELS = {
 }
 
 CAPTIONS = {
-    "curves_tiles.png": "Phase 2: the tile encoder",
+    "curves_views.png": "Phase 2: the tile encoder, by views of tiles",
+    "curves_tiles.png": "Phase 2: the tile encoder, by classes",
     "curves.png": "Phase 3: episodes",
     "confusion.png": "Confusion of classes",
     "roc.png": "ROC, each class against the rest",
@@ -84,13 +86,10 @@ def draw_fold(
     """
     title = f"Fold {fold.number}"
     history = result["history"]
-    if history["tiles"]:
-        plot_curves(
-            fold.folder / "curves_tiles.png",
-            f"{title}: tile encoder",
-            history["tiles"],
-            TILE_PANELS,
-        )
+    for part, panels in {"views": VIEW_PANELS, "tiles": TILE_PANELS}.items():
+        if history[part]:
+            path = fold.folder / f"curves_{part}.png"
+            plot_curves(path, f"{title}: tile encoder, {part}", history[part], panels)
     plot_curves(
         fold.folder / "curves.png",
         f"{title}: episodes",

@@ -18,11 +18,10 @@ from cdt_train.models.transfer_model import TransferModel
 from cdt_train.scores import score_episodes
 from cdt_train.seeding import step_seed
 from cdt_train.ssl import contrast
+from cdt_train.tile_views import PROJECTION, VIEW_TEMPERATURE, view_projector
 
 LABEL_SMOOTHING = 0.1
 SUPCON_TEMPERATURE = 0.1
-VIEW_TEMPERATURE = 0.2
-PROJECTION = 64
 
 
 class TilePhase:
@@ -70,7 +69,7 @@ class TilePhase:
         width = model.classifier.in_features
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self._by_class, self._by_view = _projector(width), _projector(width)
+            self._by_class, self._by_view = _projector(width), view_projector(width)
         parts = {
             "path_encoder": model.path_encoder,
             "classifier": model.classifier,
