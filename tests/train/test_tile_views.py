@@ -12,7 +12,9 @@ from cdt_train.tile_views import ViewPhase
 def colours(groups: int = 12, copies: int = 2) -> TileArrays:
     """Each group has a colour of its own, its copies a little noise."""
     rng = np.random.default_rng(0)
-    pixels = rng.integers(20, 236, (groups, 1, 3, 1, 1)) + rng.integers(-9, 10, (groups, copies, 3, 64, 64))
+    pixels = rng.integers(20, 236, (groups, 1, 3, 1, 1)) + rng.integers(
+        -9, 10, (groups, copies, 3, 64, 64)
+    )
     count = groups * copies
     names = tuple(str(i) for i in range(count))
     return TileArrays(

@@ -94,6 +94,10 @@ class TrainingRecipe(_Section):
     blur: float = Field(0.0, ge=0, le=1, description="chance of a slight blur")
     # Phase 2: the tile encoder, first by views of tiles alone, then by classes too.
     view_epochs: int = Field(0, ge=0, description="of encoder_steps, before any class is told")
+    view_size: Annotated[int, Field(ge=32, multiple_of=32)] | None = Field(
+        None, description="side of the tiles then; null: tile_size"
+    )
+    view_batch_size: int = Field(48, ge=2, description="tiles a step then, two views of each")
     encoder_epochs: int = Field(4, ge=0)
     encoder_steps: int = Field(20, ge=1, description="batches an epoch")
     encoder_batch_size: int = Field(32, ge=4)

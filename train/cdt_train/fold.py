@@ -289,8 +289,8 @@ def _view_tiles(run: FoldRun, model: TransferModel) -> History:
     phase = ViewPhase(
         model,
         run.fold.train,
-        augmentation=_augmentation(run),
-        batch_size=training.encoder_batch_size,
+        augmentation=_augmentation(run, training.view_size),
+        batch_size=training.view_batch_size,
         seed=run.seed,
         device=run.engine.device,
     )
@@ -391,10 +391,10 @@ def _episodes(
     )
 
 
-def _augmentation(run: FoldRun) -> TileAugmentation:
+def _augmentation(run: FoldRun, size: int | None = None) -> TileAugmentation:
     training, preprocess = run.recipe.training, run.data.preprocess
     return TileAugmentation(
-        size=training.training_size(run.recipe.data.image_size),
+        size=size or training.training_size(run.recipe.data.image_size),
         min_crop=training.min_crop,
         rgb=preprocess.channels == RGB,
         stain_jitter=training.stain_jitter,

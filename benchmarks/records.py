@@ -1,0 +1,71 @@
+"""What a benchmark leaves behind: `results/NAME.json`, and the tables of the README."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import re
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+README = ROOT / "README.md"
+PACKAGES = ("torch", "numpy", "scikit-learn", "onnxruntime-gpu")
+
+
+def machine() -> dict[str, Any]:
+    """The processor, and the versions that shape a figure."""
+    text = Path("/proc/cpuinfo").read_text("utf-8")
+    model = re.search(r"^model name\s*:\s*(.+)$", text, flags=re.MULTILINE)
+    return {
+        "processor": model[1] if model else platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in PACKAGES},
+    }
+
+
+def write_result(name: str, commands: Sequence[str], seconds: float, figures: Any) -> Path:
+    """Write what a part found, with what it was found by."""
+    path = RESULTS / f"{name}.json"
+    record = {
+        "part": name,
+        "date": datetime.date.today().isoformat(),
+        "commands": list(commands),
+        "seconds": round(seconds),
+        "machine": machine(),
+        "figures": figures,
+    }
+    RESULTS.mkdir(exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
+    return path
+
+
+def read_results() -> dict[str, dict[str, Any]]:
+    """What each part that has been run found, by its name."""
+    return {path.stem: json.loads(path.read_text("utf-8")) for path in RESULTS.glob("*.json")}
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Lay rows out as a table of Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def with_tables(text: str, tables: Mapping[str, str]) -> str:
+    """Put each table between its marks `<!-- NAME -->` and `<!-- /NAME -->`.
+
+    Raises:
+        KeyError: the text lacks the marks of a table.
+    """
+    for name, table in tables.items():
+        marks = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", flags=re.DOTALL)
+        if not marks.search(text):
+            raise KeyError(f"README.md has no place for the table {name!r}")
+        text = marks.sub(lambda found, table=table: f"{found[1]}{table}\n{found[2]}", text)
+    return text
