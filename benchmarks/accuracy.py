@@ -11,12 +11,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import accuracy_parts
 import accuracy_tables
 import click
-from records import README, read_results, with_tables, write_result
+from records import README, read_results, with_block, write_result
 
 PARTS = {
     "lung": accuracy_parts.lung,
@@ -49,8 +48,8 @@ class Bench:
         """
         line = [str(word) for word in words]
         shown = shlex.join(["cdt-train", *line])
-        for folder, placeholder in ((self.work, "WORK"), (self.data, "DATA")):
-            shown = shown.replace(str(folder), placeholder)
+        for folder, short in ((self.work, "WORK"), (self.data, "DATA"), (README.parent, ".")):
+            shown = shown.replace(str(folder), short)
         self.commands.append(shown)
         click.echo(f"$ {shown}", err=True)
         started = [sys.executable, "-m", "cdt_train.cli", *line]
@@ -60,14 +59,22 @@ class Bench:
         return done.stdout
 
 
-def renew_tables() -> None:
-    """Write the tables of all results into the README."""
-    tables: dict[str, Any] = {
-        name: accuracy_tables.TABLES[name](result["figures"])
-        for name, result in read_results().items()
-        if name in accuracy_tables.TABLES
-    }
-    README.write_text(with_tables(README.read_text("utf-8"), tables), "utf-8")
+def accuracy_block() -> str:
+    """What the README says of each part that has been measured."""
+    results = read_results()
+    parts = [
+        f"**{accuracy_tables.TITLES[name]}** ({results[name]['date']})\n\n"
+        f"{accuracy_tables.TABLES[name](results[name]['figures'])}\n"
+        for name in PARTS
+        if name in results
+    ]
+    return "".join(f"\n{part}" for part in parts) + ("\n" if parts else "")
+
+
+def renew_readme() -> None:
+    """Write what the results at hand say into the README."""
+    text = with_block(README.read_text("utf-8"), "accuracy", accuracy_block())
+    README.write_text(text, "utf-8")
 
 
 @click.command()
@@ -97,7 +104,7 @@ def main(parts: tuple[str, ...], data: Path, work: Path, tables: bool) -> None:
         figures = PARTS[name](bench)
         path = write_result(name, bench.commands, time.monotonic() - started, figures)
         click.echo(f"{name}: {path}")
-    renew_tables()
+    renew_readme()
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import json
 import os
 import platform
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -57,15 +57,15 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def with_tables(text: str, tables: Mapping[str, str]) -> str:
-    """Put each table between its marks `<!-- NAME -->` and `<!-- /NAME -->`.
+def with_block(text: str, name: str, block: str) -> str:
+    """Put a block of text between its marks `<!-- NAME -->` and `<!-- /NAME -->`.
 
     Raises:
-        KeyError: the text lacks the marks of a table.
+        ValueError: the text lacks the marks.
     """
-    for name, table in tables.items():
-        marks = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", flags=re.DOTALL)
-        if not marks.search(text):
-            raise KeyError(f"README.md has no place for the table {name!r}")
-        text = marks.sub(lambda found, table=table: f"{found[1]}{table}\n{found[2]}", text)
-    return text
+    start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+    before, found, rest = text.partition(start)
+    _, closed, after = rest.partition(end)
+    if not (found and closed):
+        raise ValueError(f"README.md lacks the marks {start.strip()} and {end}")
+    return before + start + block + end + after

@@ -80,6 +80,8 @@ def tiny_recipe() -> tuple[str, ...]:
         "training.ssl_epochs=2",
         "training.ssl_steps=2",
         "training.ssl_batch_size=4",
+        "training.view_epochs=1",
+        "training.view_size=32",
         "training.encoder_epochs=2",
         "training.encoder_steps=8",
         "training.encoder_learning_rate=0.01",

@@ -43,7 +43,8 @@ def test_a_run_writes_what_users_of_the_field_expect(trained_dir: Path) -> None:
     for fold in (1, 2):
         folder = trained_dir / f"fold_{fold}"
         assert (folder / "checkpoint_epoch_0002.pt").is_file()
-        assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+        for name in ("curves_views.png", "curves_tiles.png", "curves.png"):
+            assert (folder / name).read_bytes().startswith(b"\x89PNG")
     assert (trained_dir / "curves_ssl.png").is_file()
 
 

@@ -1,0 +1,58 @@
+"""The README shows what the benchmarks' results say, and the benchmarks part data honestly."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections import Counter
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """`benchmarks/accuracy.py`, which finds its neighbours as a script does."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return importlib.import_module("accuracy")
+
+
+def test_the_readme_shows_the_results_at_hand(bench: ModuleType) -> None:
+    assert bench.accuracy_block() in (ROOT / "README.md").read_text("utf-8")
+
+
+def test_every_part_has_a_table_and_a_title(bench: ModuleType) -> None:
+    tables = sys.modules["accuracy_tables"]
+    assert set(bench.PARTS) == set(tables.TABLES) == set(tables.TITLES)
+
+
+def test_groups_are_dealt_out_evenly_and_stay_whole(bench: ModuleType) -> None:
+    groups = {f"{label}_{index}": label for label in "abc" for index in range(30)}
+    folds = sys.modules["accuracy_parts"]._folds(groups)
+    counts = Counter((groups[group], fold) for group, fold in folds.items())
+    assert set(counts.values()) == {10}
+    assert len(counts) == 9
+    assert folds == sys.modules["accuracy_parts"]._folds(dict(reversed(groups.items())))
+
+
+def test_a_block_goes_between_its_marks(bench: ModuleType) -> None:
+    put = sys.modules["records"].with_block
+    text = "a\n<!-- x -->\nold\n<!-- /x -->\nb\n"
+    assert put(text, "x", "new\n") == "a\n<!-- x -->\nnew\n<!-- /x -->\nb\n"
+    with pytest.raises(ValueError, match="lacks the marks <!-- y --> and <!-- /y -->"):
+        put(text, "y", "new\n")
+
+
+def test_a_result_says_what_it_was_found_by(
+    bench: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    records = sys.modules["records"]
+    monkeypatch.setattr(records, "RESULTS", tmp_path / "results")
+    records.write_result("lung", ["cdt-train --config X"], 61.4, {"accuracy": 0.9})
+    found = records.read_results()["lung"]
+    assert found["commands"] == ["cdt-train --config X"]
+    assert (found["seconds"], found["figures"]) == (61, {"accuracy": 0.9})
+    assert set(found["machine"]) == {"processor", "cores", "python", "packages"}
