@@ -19,15 +19,13 @@ def lung(found: Figures) -> str:
     spreads = [over_seeds(seeds[k]["accuracy"]) for k in SHOTS]
     by_seed = ", ".join(f"{100 * mean:.1f} ± {100 * spread:.1f}" for mean, spread in spreads)
     eces = ", ".join(f"{found['rows']['without_ct'][k]['ece']['mean']:.3f}" for k in SHOTS)
-    effect = next(each for each in found["effect"] if each["k"] == "1" and each["of_ct"])
     return "\n".join(
         [
             rows,
             "",
             f"First fold, K = 1, 3, 5, {len(seeds['1']['accuracy'])} seeds: {by_seed} (± standard "
             f"deviation over seeds). ECE after calibration, mean over folds: {eces}. "
-            f"{effect['title']}, 1-shot: {100 * effect['mean']:+.2f} ± {100 * effect['ci95']:.2f} "
-            "points: CT and tiles are of different patients, so no gain can be had.",
+            f"{_effect_of_ct(found, '1')} CT and tiles are of different patients: no gain can be had.",
         ]
     )
 
@@ -65,7 +63,7 @@ def control(found: Figures) -> str:
         pairs = zip(figure["accuracy_by_fold"], figure["ci95_by_fold"], strict=True)
         by_fold = ", ".join(f"{100 * mean:.1f} ± {100 * half:.1f}" for mean, half in pairs)
         rows.append((found["titles"][name], f"{100 * figure['accuracy']['mean']:.1f}", by_fold))
-    return markdown(head, rows)
+    return "\n".join([markdown(head, rows), "", _effect_of_ct(found, "1")])
 
 
 def ct_probe(found: Figures) -> str:
@@ -113,6 +111,16 @@ TABLES: dict[str, Callable[[Figures], str]] = {
     "ct_probe": ct_probe,
     "shape3d": shape3d,
 }
+
+
+def _effect_of_ct(found: Figures, k: str) -> str:
+    """Each paired difference of the CT rows, over the groups of all folds."""
+    shown = [
+        f"{each['title']}: {100 * each['mean']:+.1f} ± {100 * each['ci95']:.1f} points"
+        for each in found["effect"]
+        if each["of_ct"] and each["k"] == k
+    ]
+    return f"{k}-shot, paired, ± 95 % over groups: {'; '.join(shown)}."
 
 
 def over_seeds(values: Sequence[float]) -> tuple[float, float]:

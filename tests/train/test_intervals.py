@@ -7,7 +7,7 @@ from cdt_train.intervals import (
     bootstrap_groups,
     over_folds,
     paired_difference,
-    paired_over_folds,
+    pooled_over_folds,
     t_quantile,
     verdict,
 )
@@ -72,17 +72,21 @@ def test_the_paired_interval_is_narrower_than_the_rows_own() -> None:
     rng = np.random.default_rng(0)
     hard = rng.normal(0.7, 0.1, 400)
     gain = rng.normal(0.02, 0.01, 400)
-    found = paired_difference(row((hard + gain).tolist()), row(hard.tolist()))
+    groups = np.arange(400)
+    found = paired_difference(row((hard + gain).tolist()), row(hard.tolist()), groups)
     assert found["mean"] == pytest.approx(gain.mean())
     assert found["ci95"] == pytest.approx(1.96 * gain.std(ddof=1) / 20)
     assert found["episodes"] == 400
 
 
 def test_a_row_less_itself_is_exactly_nothing() -> None:
-    assert paired_difference(row([0.5, 0.7]), row([0.5, 0.7])) == {
+    assert paired_difference(row([0.5, 0.7]), row([0.5, 0.7]), np.arange(2)) == {
         "mean": 0.0,
         "ci95": 0.0,
         "episodes": 2,
+        "low": 0.0,
+        "high": 0.0,
+        "groups": 2,
     }
 
 
@@ -90,18 +94,37 @@ def test_a_row_less_itself_is_exactly_nothing() -> None:
 def test_rows_of_other_episodes_are_never_paired(queries: list[int]) -> None:
     other = row([0.5] * max(1, len(queries)), queries)
     with pytest.raises(ValueError, match="two scorings of the same episodes, in order"):
-        paired_difference(row([0.5, 0.7]), other)
+        paired_difference(row([0.5, 0.7]), other, np.arange(2))
     with pytest.raises(ValueError, match="two scorings of the same episodes, in order"):
-        paired_difference(other, row([0.5, 0.7]))
+        paired_difference(other, row([0.5, 0.7]), np.arange(2))
 
 
-def test_differences_over_folds_have_an_interval_of_their_own() -> None:
-    plain = row([0.5, 0.7])
-    better = [row([0.6, 0.8]), row([0.7, 0.9]), row([0.8, 1.0])]
-    found = paired_over_folds([(fold, plain) for fold in better])
-    assert found["mean"] == pytest.approx(0.2)
-    assert found["std"] == pytest.approx(0.1)
-    assert found["n"] == 3
+def test_folds_are_pooled_over_the_groups_of_all() -> None:
+    halves = (0.03, 0.04)
+    means = (0.1, 0.2)
+    folds = [
+        {"mean": mean, "low": mean - half, "high": mean + half, "groups": 20}
+        for mean, half in zip(means, halves, strict=True)
+    ]
+    found = pooled_over_folds(folds)
+    assert found["mean"] == pytest.approx(0.15)
+    assert found["ci95"] == pytest.approx(0.025)  # the root of .03 squared and .04 squared, halved
+    assert found["groups"] == 40
+
+
+def test_pooled_folds_cover_the_truth_as_often_as_they_say() -> None:
+    """Folds that differ from each other in difficulty do not widen a paired difference."""
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(200):
+        folds = []
+        for _ in range(3):
+            groups = np.repeat(np.arange(40), 10)
+            change = rng.choice([0.0, 1.0], 40, p=[0.9, 0.1]).repeat(10)
+            folds.append(bootstrap_groups(change, groups, draws=300))
+        found = pooled_over_folds(folds)
+        covered += abs(found["mean"] - 0.1) <= found["ci95"]
+    assert 0.86 < covered / 200 < 0.99
 
 
 @pytest.mark.parametrize(

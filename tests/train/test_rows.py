@@ -111,7 +111,9 @@ def test_every_row_is_scored_on_the_same_episodes() -> None:
     table = measure(scores, heat)
     for row, by_k in table.items():
         assert ("ece" in by_k["2"]) == (row in CALIBRATED)
-    compared = differences(scores)["with_ct - without_ct"]["2"]
+    compared = differences(scores, tiles, 0)["with_ct - without_ct"]["2"]
     means = (scores["with_ct"][2].accuracy, scores["without_ct"][2].accuracy)
     assert compared["mean"] == pytest.approx(means[0] - means[1])
+    assert compared["low"] <= compared["mean"] <= compared["high"]
+    assert compared["groups"] == 6
     assert over_groups(scores, tiles, 0)["with_ct"]["2"]["groups"] == 6

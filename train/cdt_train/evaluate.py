@@ -24,7 +24,7 @@ from cdt_train.intervals import (
     bootstrap_groups,
     over_folds,
     paired_difference,
-    paired_over_folds,
+    pooled_over_folds,
     t_quantile,
     verdict,
 )
@@ -56,8 +56,8 @@ __all__ = [
     "noise_embeddings",
     "over_folds",
     "paired_difference",
-    "paired_over_folds",
     "permuted_labels",
+    "pooled_over_folds",
     "score_episodes",
     "score_in_contexts",
     "t_quantile",

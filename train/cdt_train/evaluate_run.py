@@ -26,7 +26,7 @@ from cdt_train.data.dataset import tile_name
 from cdt_train.deployed import shipped_model
 from cdt_train.engine import choose_device
 from cdt_train.episodes import Episode
-from cdt_train.intervals import verdict
+from cdt_train.intervals import pooled_over_folds, verdict
 from cdt_train.models.transfer_model import TransferModel
 from cdt_train.progress import bar
 from cdt_train.rows import (
@@ -150,7 +150,7 @@ def run_evaluation(
         "episodes": len(next(iter(episodes.values()))),
         "rows": {row: title for row, title in ROWS.items() if row in scores},
         "test": measure(scores, _heat(subject, [*episodes])),
-        "differences": differences(scores),
+        "differences": differences(scores, side.test, training.seed),
         "over_groups": over_groups(scores, side.test, training.seed),
     }
 
@@ -376,10 +376,11 @@ def _reading(report: Mapping[str, Any]) -> str:
     for k in report["shots"]:
         for name, by_k in report["differences"].items():
             first, second = (report["rows"][row] for row in name.split(" - "))
-            mean, half = (100 * by_k[k][part] for part in ("mean", "ci95"))
+            found = pooled_over_folds([by_k[k]])
+            mean, half = 100 * found["mean"], 100 * found["ci95"]
             lines.append(
                 f"{first} against {second}, {k}-shot: {mean:+.1f} points ± {half:.1f} over "
-                f"episodes: {verdict(mean, half)}."
+                f"{found['groups']} {report['grouped_by']}s (95 %): {verdict(mean, half)}."
             )
         for row, spread in report["over_groups"].items():
             interval = spread[k]

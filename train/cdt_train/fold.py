@@ -196,7 +196,7 @@ def evaluate_fold(
     record = {
         "calibration": _calibration(run, val, heat, scale),
         "test": measure(scores, heat),
-        "differences": differences(scores),
+        "differences": differences(scores, fold.test, seed),
         "over_groups": over_groups(scores, fold.test, seed),
     }
     return Tested(record, scores, embedded)

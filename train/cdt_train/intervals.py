@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -70,11 +70,20 @@ def bootstrap_groups(
     }
 
 
-def paired_difference(first: EpisodeScores, second: EpisodeScores) -> dict[str, float]:
+def paired_difference(
+    first: EpisodeScores, second: EpisodeScores, groups: Ints, *, seed: int = 0
+) -> dict[str, float]:
     """Difference in accuracy, first less second, on the same episodes.
 
+    Args:
+        first: one scoring.
+        second: another of the same episodes.
+        groups: `(n_tiles,)`, the group of each tile that `queries` count.
+        seed: of the bootstrap.
+
     Returns:
-        `mean`, half-width `ci95` of the normal 95 % interval over episodes, and `episodes`.
+        `mean`; half-width `ci95` of the normal 95 % interval over `episodes`; `low` and `high` of
+        the bootstrap over `groups`, as `bootstrap_groups` has them.
 
     Raises:
         ValueError: they scored other episodes, or do not know which.
@@ -82,25 +91,34 @@ def paired_difference(first: EpisodeScores, second: EpisodeScores) -> dict[str, 
     if len(first.queries) == 0 or not np.array_equal(first.queries, second.queries):
         raise ValueError("a paired difference takes two scorings of the same episodes, in order")
     differences = first.accuracies - second.accuracies
+    changed = first.correct.astype(np.float64) - second.correct
     return {
+        **bootstrap_groups(changed, groups[first.queries], seed=seed),
         "mean": float(differences.mean()),
         "ci95": half_width(differences),
         "episodes": len(differences),
     }
 
 
-def paired_over_folds(
-    pairs: Sequence[tuple[EpisodeScores, EpisodeScores]],
-) -> dict[str, float]:
-    """Difference in accuracy of two rows over folds or seeds, with the t-interval of `over_folds`.
+def pooled_over_folds(differences: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Mean of the paired differences of folds, with its interval over the groups of all of them.
+
+    Every group is tested in one fold alone, so the folds' bootstraps are independent and their
+    variances add up. The t-interval over folds (`over_folds`) asks more: what folds to come would
+    give, from a handful of values.
 
     Args:
-        pairs: for each fold or seed, the two scorings of its episodes.
+        differences: of each fold, as `paired_difference` gives them.
 
-    Raises:
-        ValueError: as `paired_difference`.
+    Returns:
+        `mean`, half-width `ci95` over groups, and the number of `groups`.
     """
-    return over_folds([paired_difference(first, second)["mean"] for first, second in pairs])
+    halves = [(each["high"] - each["low"]) / 2 for each in differences]
+    return {
+        "mean": float(np.mean([each["mean"] for each in differences])),
+        "ci95": math.sqrt(math.fsum(half**2 for half in halves)) / len(halves),
+        "groups": int(sum(each["groups"] for each in differences)),
+    }
 
 
 def verdict(mean: float, half: float) -> str:

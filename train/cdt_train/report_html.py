@@ -236,7 +236,7 @@ def _controls(report: Report) -> str:
     for control in report.get("effect", ()):
         points = f"{100 * control['mean']:+.1f} <small>± {100 * control['ci95']:.1f}</small>"
         lines.append((control["title"], [points, escape(control["verdict"])]))
-    titles = ["points of accuracy, ± 95 % interval", "verdict"]
+    titles = ["points of accuracy, ± 95 % over groups", "verdict"]
     return _grid("Differences on the same episodes", titles, lines) if lines else ""
 
 

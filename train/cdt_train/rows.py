@@ -190,11 +190,14 @@ def measure(
     }
 
 
-def differences(scores: Scores) -> dict[str, dict[str, dict[str, float]]]:
-    """Compare rows on the same episodes: `{"with_ct - without_ct": {K: {mean, ci95}}}`."""
+def differences(
+    scores: Scores, tiles: TileArrays, seed: int
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Compare rows on the same episodes: `{"with_ct - without_ct": {K: paired_difference}}`."""
     return {
         f"{first} - {second}": {
-            str(k): paired_difference(scores[first][k], scores[second][k]) for k in scores[first]
+            str(k): paired_difference(found, scores[second][k], tiles.groups, seed=seed)
+            for k, found in scores[first].items()
         }
         for first, others in DIFFERENCES.items()
         for second in others

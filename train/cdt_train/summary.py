@@ -7,7 +7,7 @@ from typing import Any
 
 from cdt_train.config import Recipe
 from cdt_train.data.load import LoadedData
-from cdt_train.intervals import over_folds, verdict
+from cdt_train.intervals import over_folds, pooled_over_folds, verdict
 from cdt_train.rows import ROWS
 
 COLUMNS = {
@@ -62,7 +62,8 @@ def reading(report: Mapping[str, Any]) -> str:
     found = [effect for effect in report["effect"] if effect["k"] == k and effect["of_ct"]]
     lines += [
         f"{effect['title']}, {k}-shot: {100 * effect['mean']:+.1f} points "
-        f"± {100 * effect['ci95']:.1f}: {effect['verdict']}."
+        f"± {100 * effect['ci95']:.1f} over {effect['groups']} {report['grouped_by']}s (95 %): "
+        f"{effect['verdict']}."
         for effect in found
     ]
     if found:
@@ -103,25 +104,22 @@ def _over_folds(folds: Folds, row: str) -> dict[str, dict[str, dict[str, float]]
 
 
 def _effects(folds: Folds) -> list[dict[str, Any]]:
-    """Differences of rows on the same episodes: over folds, or over episodes of a single one."""
+    """Differences of rows on the same episodes, over the groups of all folds."""
     found = []
-    for name, by_k in folds[0]["differences"].items():
+    for name in folds[0]["differences"]:
         first, second = name.split(" - ")
-        for k, single in by_k.items():
-            spread = (
-                over_folds([fold["differences"][name][k]["mean"] for fold in folds])
-                if len(folds) > 1
-                else single
-            )
+        for k in folds[0]["differences"][name]:
+            by_fold = [fold["differences"][name][k] for fold in folds]
+            pooled = pooled_over_folds(by_fold)
             found.append(
                 {
                     "title": f"{ROWS[first]} against {ROWS[second]}",
                     "k": k,
                     "of_ct": first == "with_ct",
-                    "mean": spread["mean"],
-                    "ci95": spread["ci95"],
-                    "by_fold": [fold["differences"][name][k] for fold in folds],
-                    "verdict": verdict(spread["mean"], spread["ci95"]),
+                    **pooled,
+                    "over_folds": over_folds([each["mean"] for each in by_fold]),
+                    "by_fold": by_fold,
+                    "verdict": verdict(pooled["mean"], pooled["ci95"]),
                 }
             )
     return found
