@@ -25,7 +25,8 @@ def lung(found: Figures) -> str:
             "",
             f"First fold, K = 1, 3, 5, {len(seeds['1']['accuracy'])} seeds: {by_seed} (± standard "
             f"deviation over seeds). ECE after calibration, mean over folds: {eces}. "
-            f"{_effect_of_ct(found, '1')} CT and tiles are of different patients: no gain can be had.",
+            f"{_effect_of_ct(found, '1')} CT and tiles are of different patients, so there is none "
+            "to be had.",
         ]
     )
 
