@@ -23,7 +23,7 @@ Row = dict[str, str]
 
 def lung(bench: Any) -> dict[str, Any]:
     """Real lung H&E, held-out groups: every fold with one seed, the first fold with more."""
-    data = _lung_tiles(bench, bench.work / "data")
+    data = _write_csv(bench.work / "data", _lung_rows(bench))
     found = {}
     for seed in range(SEEDS):
         folds = "null" if seed == 0 else "[1]"
@@ -52,7 +52,7 @@ def lung(bench: Any) -> dict[str, Any]:
 
 def few_labels(bench: Any) -> dict[str, Any]:
     """The first fold again, trained and validated with a few labelled tiles a class."""
-    rows = _lung_tiles(bench, bench.work / "all", write=False)
+    rows = _lung_rows(bench)
     kept = []
     for label in sorted({row["label"] for row in rows}):
         train = [row for row in rows if row["label"] == label and row["fold"] != "1"]
@@ -70,7 +70,7 @@ def few_labels(bench: Any) -> dict[str, Any]:
 
 def novel_class(bench: Any) -> dict[str, Any]:
     """Train on two classes; episodes of all three on the test groups, the third being new."""
-    rows = _lung_tiles(bench, bench.work / "all", write=False)
+    rows = _lung_rows(bench)
     found = {}
     for novel in sorted({row["label"] for row in rows}):
         folder = bench.work / novel
@@ -117,7 +117,7 @@ def ct_probe(bench: Any) -> dict[str, Any]:
     found = []
     for seed in range(SEEDS):
         folder = bench.work / f"seed_{seed}"
-        data = _lung_tiles(bench, bench.work / "data")
+        data = _write_csv(bench.work / "data", _lung_rows(bench))
         words = (
             *_lung_words(bench, data),
             "training.encoder_epochs=0",
@@ -162,24 +162,28 @@ def _evaluate(bench: Any, folder: Path, data: Path) -> dict[str, Any]:
     return report
 
 
-def _lung_tiles(bench: Any, folder: Path, *, write: bool = True) -> Any:
+def _lung_rows(bench: Any) -> list[Row]:
     """Unpack the lung tiles and part their groups into folds, the same for every seed.
 
     Returns:
-        The folder of the CSV, or, not to be written, its rows.
+        `path`, `label`, `group` and `fold` of each tile.
     """
     tiles = bench.work.parent / "lung_tiles"
     if not (tiles / "manifest.csv").is_file():
         with zipfile.ZipFile(bench.data / "pathology" / "lc25000_lung_dev.zip") as archive:
             archive.extractall(tiles)
     with (tiles / "manifest.csv").open(encoding="utf-8", newline="") as file:
-        rows = [row | {"path": str(tiles / row["path"])} for row in csv.DictReader(file)]
+        rows = list(csv.DictReader(file))
     fold = _folds({row["group"]: row["label"] for row in rows})
-    rows = [
-        {key: row[key] for key in ("path", "label", "group")} | {"fold": fold[row["group"]]}
+    return [
+        {
+            "path": str(tiles / row["path"]),
+            "label": row["label"],
+            "group": row["group"],
+            "fold": fold[row["group"]],
+        }
         for row in rows
     ]
-    return _write_csv(folder, rows) if write else rows
 
 
 def _folds(label_of_group: Mapping[str, str]) -> dict[str, str]:

@@ -3,10 +3,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from toys import tiny_model
 
 from cdt_train.data.arrays import CtArrays, TileArrays
 from cdt_train.episodes import EpisodeSampler
-from cdt_train.models.transfer_model import TransferModel, build_model
+from cdt_train.models.transfer_model import TransferModel
 from cdt_train.rows import (
     CALIBRATED,
     differences,
@@ -25,17 +26,7 @@ PATIENTS = tuple("abcdef")
 
 
 def model(gate: float) -> TransferModel:
-    made = build_model(
-        channels=3,
-        n_classes=2,
-        windows=1,
-        feature_dim=16,
-        num_heads=2,
-        path_widths=(8, 8, 8, 8),
-        ct_widths=(8, 8, 8, 8),
-        bank_size=2,
-        seed=0,
-    ).eval()
+    made = tiny_model().eval()
     with torch.no_grad():
         made.bridge.gate.fill_(gate)
     return made

@@ -3,11 +3,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from toys import tiny_model
 
 from cdt_train.augment import TileAugmentation
 from cdt_train.data.arrays import TileArrays
 from cdt_train.episodes import EpisodeSampler
-from cdt_train.models.transfer_model import build_model
 from cdt_train.scores import draw_episodes
 from cdt_train.tile_phase import TilePhase, cut_and_mix, supervised_contrast
 
@@ -30,17 +30,7 @@ def tile_set(groups: int = 6, copies: int = 3) -> TileArrays:
 
 def phase(**options: float) -> TilePhase:
     tiles = tile_set()
-    model = build_model(
-        channels=3,
-        n_classes=2,
-        windows=1,
-        feature_dim=16,
-        num_heads=2,
-        path_widths=(8, 8, 8, 8),
-        ct_widths=(8, 8, 8, 8),
-        bank_size=2,
-        seed=0,
-    )
+    model = tiny_model()
     model.path_encoder.standardise_by(tiles.tiles)
     sampler = EpisodeSampler(
         tiles.labels, tiles.groups, tiles.classes, n_way=2, k_shot=1, n_query=2

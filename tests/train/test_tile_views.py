@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from toys import tiny_model
 
 from cdt_train.augment import TileAugmentation
 from cdt_train.data.arrays import TileArrays
-from cdt_train.models.transfer_model import build_model
 from cdt_train.tile_views import ViewPhase
 
 
@@ -29,17 +29,7 @@ def colours(groups: int = 12, copies: int = 2) -> TileArrays:
 
 def phase(batch_size: int = 8, seed: int = 0) -> ViewPhase:
     tiles = colours()
-    model = build_model(
-        channels=3,
-        n_classes=2,
-        windows=1,
-        feature_dim=16,
-        num_heads=2,
-        path_widths=(8, 8, 8, 8),
-        ct_widths=(8, 8, 8, 8),
-        bank_size=2,
-        seed=0,
-    )
+    model = tiny_model()
     model.path_encoder.standardise_by(tiles.tiles)
     return ViewPhase(
         model,

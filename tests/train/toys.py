@@ -1,4 +1,4 @@
-"""A tiny backbone and a tiny labelled data set for the tests of supervised training."""
+"""A tiny model, a tiny backbone and a tiny labelled data set."""
 
 from __future__ import annotations
 
@@ -10,6 +10,22 @@ from torch import nn
 
 from cdt_train.data.labelled import LabelledArrays
 from cdt_train.encoders.backbones import Backbone
+from cdt_train.models.transfer_model import TransferModel, build_model
+
+
+def tiny_model() -> TransferModel:
+    """The whole model for RGB tiles of 32 pixels and two classes, with 16 features."""
+    return build_model(
+        channels=3,
+        n_classes=2,
+        windows=1,
+        feature_dim=16,
+        num_heads=2,
+        path_widths=(8, 8, 8, 8),
+        ct_widths=(8, 8, 8, 8),
+        bank_size=2,
+        seed=0,
+    )
 
 
 def net(seed: int = 0) -> Backbone:
