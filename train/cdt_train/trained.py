@@ -11,7 +11,7 @@ from cdt_runtime.errors import CheckpointError
 from cdt_runtime.preprocess import Preprocess
 from cdt_train.checkpoint import load_checkpoint, load_weights
 from cdt_train.config import Recipe, recipe_from
-from cdt_train.fold import model_of
+from cdt_train.fold_phases import model_of
 from cdt_train.models.transfer_model import TransferModel
 
 NEEDED = (
