@@ -34,11 +34,13 @@ class Bench:
         data: the folder with pathology/, ct/ and shape3d/.
         work: models and data sets go there, a folder a part.
         commands: run so far.
+        pretrained: by seed, what phase 1 made for the lung tiles.
     """
 
     def __init__(self, data: Path, work: Path) -> None:
         self.data, self.work = data, work
         self.commands: list[str] = []
+        self.pretrained: dict[int, Path] = {}
 
     def train(self, *words: str | Path) -> str:
         """Run `cdt-train`; its progress goes to the terminal, and what it prints comes back.
@@ -48,7 +50,11 @@ class Bench:
         """
         line = [str(word) for word in words]
         shown = shlex.join(["cdt-train", *line])
-        for folder, short in ((self.work, "WORK"), (self.data, "DATA"), (README.parent, ".")):
+        for folder, short in (
+            (self.work.parent, "WORK"),
+            (self.data, "DATA"),
+            (README.parent, "."),
+        ):
             shown = shown.replace(str(folder), short)
         self.commands.append(shown)
         click.echo(f"$ {shown}", err=True)

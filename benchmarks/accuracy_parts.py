@@ -30,9 +30,8 @@ def lung(bench: Any) -> dict[str, Any]:
         found[str(seed)] = _train(
             bench,
             bench.work / f"seed_{seed}",
-            *_lung_words(bench, data),
+            *_lung_words(bench, data, seed),
             f"training.folds={folds}",
-            f"training.seed={seed}",
         )
     first = found["0"]
     return {
@@ -116,19 +115,7 @@ def ct_probe(bench: Any) -> dict[str, Any]:
 
     found = []
     for seed in range(SEEDS):
-        folder = bench.work / f"seed_{seed}"
-        data = _write_csv(bench.work / "data", _lung_rows(bench))
-        words = (
-            *_lung_words(bench, data),
-            "training.encoder_epochs=0",
-            "training.view_epochs=0",
-            "training.num_epochs=1",
-            "training.episodes_per_epoch=1",
-            "training.folds=[1]",
-            f"training.seed={seed}",
-        )
-        _train(bench, folder, *words)
-        found.append(probe(folder / "ct_encoder_pretrained.pt", bench.data / "ct", seed))
+        found.append(probe(_pretrained(bench, seed), bench.data / "ct", seed))
     return {name: [one[name] for one in found] for name in found[0]}
 
 
@@ -143,9 +130,34 @@ def shape3d(bench: Any) -> dict[str, Any]:
     return found
 
 
-def _lung_words(bench: Any, data: Path) -> tuple[str | Path, ...]:
-    ct = bench.data / "ct"
-    return ("--config", CONFIGS / "lung.yaml", "--data-dir", data, "--ct-dir", ct)
+def _lung_words(bench: Any, data: Path, seed: int = 0) -> tuple[str | Path, ...]:
+    """What every part that trains on lung tiles types; phase 1 is done once for all of them."""
+    return (*_recipe_words(bench, data, seed), f"model.ct_encoder={_pretrained(bench, seed)}")
+
+
+def _recipe_words(bench: Any, data: Path, seed: int) -> tuple[str | Path, ...]:
+    words = ("--config", CONFIGS / "lung.yaml", "--data-dir", data, "--ct-dir", bench.data / "ct")
+    return (*words, f"training.seed={seed}")
+
+
+def _pretrained(bench: Any, seed: int) -> Path:
+    """Phase 1 of the lung recipe, and next to nothing of the others."""
+    if seed in bench.pretrained:
+        return Path(bench.pretrained[seed])
+    folder = bench.work.parent / "phase_1"
+    words = (
+        *_recipe_words(bench, _write_csv(folder / "data", _lung_rows(bench)), seed),
+        "training.encoder_epochs=0",
+        "training.view_epochs=0",
+        "training.num_epochs=1",
+        "training.episodes_per_epoch=1",
+        "training.val_episodes=2",
+        "training.test_episodes=2",
+        "training.folds=[1]",
+    )
+    _train(bench, folder / f"seed_{seed}", *words)
+    bench.pretrained[seed] = folder / f"seed_{seed}" / "ct_encoder_pretrained.pt"
+    return Path(bench.pretrained[seed])
 
 
 def _train(bench: Any, output: Path, *words: str | Path) -> dict[str, Any]:

@@ -76,6 +76,7 @@ def tiny_recipe() -> tuple[str, ...]:
         "model.path_widths=[8,8,16,16]",
         "model.ct_widths=[8,8,16,16]",
         "training.num_folds=2",
+        "training.precision=fp32",
         "training.ema_decay=0",
         "training.ssl_epochs=2",
         "training.ssl_steps=2",

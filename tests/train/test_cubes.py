@@ -30,6 +30,11 @@ def test_pairs_lie_close_and_places_are_decimetres_with_left_and_right_alike() -
     assert torch.allclose(middle, z * 10 + 1000 * cubes.volume, atol=0.01)
 
 
+def test_a_volume_of_a_few_slices_has_few_cubes() -> None:
+    cubes = draw_pairs([VOLUME, VOLUME[:6]], 220, np.random.default_rng(0))
+    assert 5 <= int((cubes.volume[:220] == 1).sum()) <= 40  # one in eleven
+
+
 def test_cubes_of_air_are_drawn_again() -> None:
     body = torch.full((60, 60, 60), -1000, dtype=torch.int16)
     body[:, :, 40:] = 50

@@ -116,9 +116,20 @@ def test_the_command_trains_in_two_processes(
     assert (output / "metrics.json").is_file()
 
 
-def test_automatic_precision_on_a_cpu_is_never_bf16() -> None:
+@pytest.mark.parametrize(
+    ("able", "expected"),
+    [
+        ({"avx2": True, "avx512_bf16": False}, "fp32"),
+        ({"avx512_bf16": True}, "bf16"),
+        ({"amx_bf16": True}, "bf16"),
+    ],
+)
+def test_automatic_precision_on_a_cpu_hangs_on_what_it_knows(
+    monkeypatch: pytest.MonkeyPatch, able: dict[str, bool], expected: str
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
     engine = Engine.start(device="cpu")
-    assert (engine.precision, engine.device.type) == ("fp32", "cpu")
+    assert (engine.precision, engine.device.type) == (expected, "cpu")
     assert (engine.processes, engine.rank, engine.is_main) == (1, 0, True)
 
 

@@ -84,6 +84,32 @@ def test_the_best_model_is_chosen_by_validation(trained_dir: Path) -> None:
     assert best["dataset_info"]["fold"] == report["best_fold"]
 
 
+def test_the_gate_of_unpaired_data_all_but_rests(trained_dir: Path) -> None:
+    report = json.loads((trained_dir / "metrics.json").read_text())
+    assert all(0 < abs(fold["gate"]) < 1e-3 for fold in report["folds"])
+
+
+def test_a_ct_encoder_may_be_brought_along(
+    trained_dir: Path, phantom_dir: Path, tiny_recipe: Tiny, tmp_path: Path
+) -> None:
+    from cdt_train.data.load import read_data
+    from cdt_train.engine import Engine
+    from cdt_train.pretrain import pretrain
+
+    given = trained_dir / "ct_encoder_pretrained.pt"
+    own = torch.load(given, weights_only=True)["model_state_dict"]
+    engine = Engine.start("cpu", "fp32", 1, None)
+    for overrides, fits in (((), True), (("model.feature_dim=64",), False)):
+        recipe = load_recipe(None, [*tiny_recipe, *overrides, f"model.ct_encoder={given}"])
+        data = read_data(recipe, phantom_dir, None)
+        if fits:
+            found = pretrain(recipe, data.ct, tmp_path / "a", False, engine, data.info)
+            assert all(torch.equal(found[key], own[key]) for key in own)
+        else:
+            with pytest.raises(CheckpointError, match="weights do not fit the model of this"):
+                pretrain(recipe, data.ct, tmp_path / "b", False, engine, data.info)
+
+
 @pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_weights(
     trained_dir: Path,
@@ -92,7 +118,6 @@ def test_a_killed_run_resumes_to_the_same_weights(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from cdt_train import fold
     from cdt_train.episodic import EpisodicPhase
 
     recipe = load_recipe(None, tiny_recipe)
@@ -104,10 +129,10 @@ def test_a_killed_run_resumes_to_the_same_weights(
         return whole(self, index, progress)
 
     output = tmp_path / "models"
-    monkeypatch.setattr(fold.EpisodicPhase, "step", killed)
+    monkeypatch.setattr(EpisodicPhase, "step", killed)
     with pytest.raises(KeyboardInterrupt):
         run_training(recipe, data_dir=phantom_dir, output_dir=output, resume=False)
-    monkeypatch.setattr(fold.EpisodicPhase, "step", whole)
+    monkeypatch.setattr(EpisodicPhase, "step", whole)
     report = run_training(recipe, data_dir=phantom_dir, output_dir=output, resume=True)
     assert report == json.loads((trained_dir / "metrics.json").read_text())
     first, second = (

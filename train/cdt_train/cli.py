@@ -98,8 +98,8 @@ def train_command(
 ) -> None:
     """Train a few-shot tile classifier with CT as context, and evaluate it.
 
-    Phase 1 pretrains the CT encoder without labels; phase 2 trains the whole
-    model on few-shot episodes. Folds are by patient.
+    Phase 1 pretrains the CT encoder without labels, phase 2 the tile encoder;
+    phase 3 trains the whole model on few-shot episodes. Folds are by patient.
     """
     from cdt_train.config import load_recipe
 

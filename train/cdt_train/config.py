@@ -56,6 +56,10 @@ class ModelRecipe(_Section):
     path_widths: tuple[Width, Width, Width, Width] = (16, 32, 64, 128)
     ct_widths: tuple[Width, Width, Width, Width] = (16, 32, 64, 128)
     bank_size: int = Field(16, ge=2, multiple_of=2, description="tokens of the context bank")
+    ct_encoder: str | None = Field(
+        None,
+        description="weights of the CT encoder, as phase 1 writes them; null: phase 1 trains them",
+    )
 
 
 class TrainingRecipe(_Section):
@@ -68,7 +72,7 @@ class TrainingRecipe(_Section):
     )
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        "auto", description="auto: bf16 on a GPU that knows it, else fp32"
+        "auto", description="auto: bf16 on a GPU or CPU that knows it, else fp32"
     )
     accumulate: int = Field(1, ge=1, description="batches before the weights move")
     # Phase 1: self-supervised pretraining on CT.

@@ -46,14 +46,16 @@ class Cubes:
 def draw_pairs(volumes: Sequence[Tensor], count: int, rng: np.random.Generator) -> Cubes:
     """Draw `count` cubes and for each another close by; rows i and `count` + i are a pair.
 
-    Cubes that show next to nothing but air are drawn again.
+    Every place is as likely, so that a volume of a few slices has few cubes; cubes that show next
+    to nothing but air are drawn again.
 
     Args:
         volumes: `(D, H, W)` int16 HU at 2 mm each.
         count: of pairs.
         rng: source of every random number.
     """
-    which = rng.integers(len(volumes), size=count)
+    sizes = np.array([volume.numel() for volume in volumes], dtype=np.float64)
+    which = rng.choice(len(volumes), size=count, p=sizes / sizes.sum())
     first = [_centre_with_tissue(volumes[v], rng) for v in which]
     second = [
         np.clip(centre + rng.integers(-SHIFT, SHIFT + 1, 3), 0, np.array(volumes[v].shape) - 1)

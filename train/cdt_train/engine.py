@@ -53,8 +53,8 @@ class Engine:
 
         Args:
             device: `auto` takes a GPU where there is one.
-            precision: `auto` is bf16 on a GPU that knows it, else fp32: a CPU that does not know
-                bf16 takes ten times as long with it.
+            precision: `auto` is bf16 on a GPU or CPU that knows it, else fp32: a CPU that does not
+                know bf16 takes ten times as long with it.
             accumulate: micro-steps of one process before its optimiser moves.
             log_dir: where TensorBoard's files go.
 
@@ -231,10 +231,16 @@ def choose_precision(wanted: str, device: torch.device) -> str:
     """
     on_gpu = device.type == "cuda"
     if wanted == "auto":
-        return "bf16" if on_gpu and torch.cuda.is_bf16_supported(False) else "fp32"
+        known = torch.cuda.is_bf16_supported(False) if on_gpu else _cpu_knows_bf16()
+        return "bf16" if known else "fp32"
     if wanted == "fp16" and not on_gpu:
         raise TrainingError(
             "training.precision=fp16 needs a GPU: use training.precision=fp32, or bf16 on a CPU "
             "that knows it"
         )
     return wanted
+
+
+def _cpu_knows_bf16() -> bool:
+    able = torch.cpu.get_capabilities()
+    return any(able.get(name, False) for name in ("avx512_bf16", "amx_bf16"))

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cdt_train.checkpoint import load_checkpoint, save_checkpoint
+from cdt_train.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from cdt_train.config import Recipe
 from cdt_train.data.arrays import CtArrays
 from cdt_train.encoders.conv3d import CtEncoder
+from cdt_train.encoders.weights import read_weights
 from cdt_train.engine import Engine
 from cdt_train.loop import Run, Schedule, require_same_recipe, train_phase
 from cdt_train.plots import plot_curves
@@ -39,7 +40,7 @@ def pretrain(
     engine: Engine,
     dataset_info: Mapping[str, Any],
 ) -> dict[str, Tensor]:
-    """Pretrain the CT encoder and keep it in `folder`.
+    """Pretrain the CT encoder, or take up weights that the recipe names; keep it in `folder`.
 
     Args:
         recipe: of the run.
@@ -51,6 +52,9 @@ def pretrain(
 
     Returns:
         The encoder's weights.
+
+    Raises:
+        CheckpointError: the weights that the recipe names can't be read, or fit another encoder.
     """
     path, config = folder / PRETRAINED, recipe.to_dict()
     if resume and path.is_file():
@@ -65,7 +69,11 @@ def pretrain(
             len(recipe.data.hu_windows), recipe.model.ct_widths, recipe.model.feature_dim
         )
     history: list[dict[str, float]] = []
-    if training.ssl_epochs > 0 and len(ct) >= 2:
+    if recipe.model.ct_encoder is not None:
+        given = Path(recipe.model.ct_encoder)
+        load_weights(encoder, read_weights(given), given)
+        say(f"phase 1: left out, the CT encoder is that of {given}")
+    elif training.ssl_epochs > 0 and len(ct) >= 2:
         say(f"phase 1: contrast and relative position on {len(ct)} CT series")
         phase = CtPhase(
             encoder,

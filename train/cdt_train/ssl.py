@@ -18,8 +18,12 @@ POSITION_BETA = 0.3
 """Where the position loss turns from square to linear."""
 
 
+VIEWS_EVERY = 4
+"""Of so many steps one is on views of whole volumes, which cost more and teach less."""
+
+
 class CtPhase:
-    """Contrast and relative position, in turn on small cubes and on views of whole volumes.
+    """Contrast and relative position, on small cubes and now and then on views of whole volumes.
 
     Two views of one place must find each other among all others, and the encoder must tell how far
     apart any two views of one patient lie.
@@ -65,6 +69,7 @@ class CtPhase:
                 for task, outputs in (("contrast", 64), ("position", 3))
             }
         self.model: nn.Module = nn.ModuleDict({"encoder": encoder, **heads}).to(device)
+        encoder.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
         self._encoder, self._heads = encoder, heads
         self._volumes, self._fine, self._windows = volumes, tuple(fine), tuple(windows)
         self._batch_size, self._temperature = batch_size, temperature
@@ -75,10 +80,11 @@ class CtPhase:
     def step(self, index: int, progress: float) -> dict[str, Tensor]:
         """Learn from one batch of cubes, or of views of whole volumes; `progress` is not used."""
         generator = torch.Generator().manual_seed(step_seed(self._seed, index))
-        kind = "cubes" if self._fine and index % 2 == 0 else "views"
+        kind = "views" if not self._fine or (index + 1) % VIEWS_EVERY == 0 else "cubes"
         draw = self._cubes if kind == "cubes" else self._views
         views, places, owners = draw(generator, np.random.default_rng([self._seed, index]))
-        pooled = self._encoder(views.to(self._device)).mean(dim=1)
+        placed = views.to(self._device, memory_format=torch.channels_last_3d)
+        pooled = self._encoder(placed).mean(dim=1)
         contrasted, accuracy = contrast(self._heads[f"contrast_{kind}"](pooled), self._temperature)
         guess = self._heads[f"position_{kind}"](pooled)
         position = relative_position(guess, places.to(self._device), owners.to(self._device))

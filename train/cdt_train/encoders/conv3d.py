@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cdt_train.models.layers import GroupNorm
-
 
 class CtEncoder(nn.Module):
     """Four strided stages of plain residual 3D convolutions, then tokens of the last two.
 
-    Plain rather than depthwise convolutions: inference engines are slow at depthwise 3D ones.
+    Plain rather than depthwise convolutions: inference engines are slow at depthwise 3D ones. With
+    batch statistics what phase 1 learns of one patient holds for another; without any
+    normalisation, or with that of each volume, it did not.
 
     Args:
         windows: W, channels of the CT input.
@@ -28,10 +28,9 @@ class CtEncoder(nn.Module):
     def __init__(self, windows: int, widths: Sequence[int], feature_dim: int) -> None:
         super().__init__()
         self.feature_dim = feature_dim
-        self.stem = nn.Conv3d(windows, widths[0], 3, (1, 2, 2), 1)
+        self.stem = _convolution(windows, widths[0], (1, 2, 2))
         self.stages = nn.ModuleList(
-            # No normalisation on the main path: it would take away how dense tissue is.
-            nn.Sequential(nn.Conv3d(before, after, 3, 2, 1), _Residual(after))
+            nn.Sequential(_convolution(before, after, (2, 2, 2)), _Residual(after))
             for before, after in itertools.pairwise(widths)
         )
         self.project = nn.ModuleList(
@@ -63,11 +62,15 @@ class CtEncoder(nn.Module):
 class _Residual(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.body = nn.Sequential(
-            nn.ReLU(), nn.Conv3d(width, width, 3, padding=1), GroupNorm(8, width)
-        )
-        self.last = nn.ReLU()
+        self.body = _convolution(width, width, (1, 1, 1))
 
     def forward(self, features: Tensor) -> Tensor:
-        result: Tensor = self.last(features + self.body(features))
+        result: Tensor = features + self.body(features)
         return result
+
+
+def _convolution(before: int, after: int, stride: tuple[int, int, int]) -> nn.Sequential:
+    # Batch statistics, not a volume's own: those would take away how dense its tissue is.
+    return nn.Sequential(
+        nn.Conv3d(before, after, 3, stride, 1, bias=False), nn.BatchNorm3d(after), nn.ReLU()
+    )
