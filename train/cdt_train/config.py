@@ -72,7 +72,8 @@ class TrainingRecipe(_Section):
     )
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        "auto", description="auto: bf16 on a GPU or CPU that knows it, else fp32"
+        "auto",
+        description="auto: bf16 on a GPU or CPU that knows it, else fp32; 3D on a CPU is fp32",
     )
     accumulate: int = Field(1, ge=1, description="batches before the weights move")
     # Phase 1: self-supervised pretraining on CT.

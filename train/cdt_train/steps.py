@@ -46,16 +46,23 @@ class Phase(Protocol):
 
 
 class _Step(nn.Module):
-    """A step of a phase as a module, so that it can be wrapped."""
+    """A step of a phase as a module, so that it can be wrapped.
 
-    def __init__(self, phase: Phase) -> None:
+    On a CPU a phase with 3D convolutions computes in float32 whatever the engine's precision: the
+    gradients of their weights in bfloat16 are no numbers there (torch 2.13).
+    """
+
+    def __init__(self, phase: Phase, device: torch.device) -> None:
         super().__init__()
         self.model = phase.model
         self._phase = phase
+        solid = any(isinstance(part, nn.Conv3d) for part in phase.model.modules())
+        self._exact = solid and device.type == "cpu"
 
     def forward(self, index: int, progress: float) -> dict[str, Tensor]:
         """Compute the terms; only `loss` keeps its graph."""
-        terms = self._phase.step(index, progress)
+        with torch.autocast("cpu", enabled=False) if self._exact else nullcontext():
+            terms = self._phase.step(index, progress)
         return {name: v if name == "loss" else v.detach() for name, v in terms.items()}
 
 
@@ -75,7 +82,7 @@ class Steps:
         self._average: WeightAverage | None = None
         if schedule.ema_decay > 0:
             self._average = WeightAverage(phase.model, schedule.ema_decay)
-        self._module = engine.prepare(_Step(phase))
+        self._module = engine.prepare(_Step(phase, engine.device))
         self._buffers = MicroBuffers(phase.model, engine)
 
     def run_epoch(self, epoch: int) -> dict[str, float]:
