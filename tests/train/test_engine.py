@@ -14,6 +14,7 @@ from torch import nn
 
 from cdt_runtime.errors import TrainingError
 from cdt_train.engine import Engine, choose_device, choose_precision
+from cdt_train.loop import Run, Schedule, train_phase
 
 
 def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -145,6 +146,30 @@ def test_bf16_computes_in_bf16_and_keeps_weights_in_fp32() -> None:
     prepared = Engine.start(device="cpu", precision="bf16").prepare(nn.Sequential(layer))
     assert prepared(torch.ones(1, 2)).dtype == torch.float32
     assert (seen, layer.weight.dtype) == ([torch.bfloat16], torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("layer", "expected"), [(nn.Conv2d(1, 1, 1), torch.bfloat16), (nn.Conv3d(1, 1, 1), torch.float)]
+)
+def test_a_cpu_computes_3d_convolutions_in_fp32(
+    tmp_path: Path, layer: nn.Conv2d | nn.Conv3d, expected: torch.dtype
+) -> None:
+    seen = []
+    layer.register_forward_hook(lambda *call: seen.append(call[2].dtype))
+
+    class OneLayer:
+        name = "one layer"
+        model: nn.Module = layer
+
+        def step(self, index: int, progress: float) -> dict[str, torch.Tensor]:
+            return {"loss": layer(torch.ones(1, 1, *(1,) * len(layer.kernel_size))).sum()}
+
+        def validate(self) -> dict[str, float]:
+            return {"score": 0.0}
+
+    engine = Engine.start(device="cpu", precision="bf16")
+    train_phase(OneLayer(), Schedule(1, 1, 1e-3, 0.0, 0.0), Run(tmp_path, "one", {}), engine)
+    assert seen == [expected]
 
 
 def test_what_is_not_to_be_had_is_refused() -> None:
