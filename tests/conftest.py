@@ -85,7 +85,7 @@ def tiny_recipe() -> tuple[str, ...]:
         "training.view_size=32",
         "training.encoder_epochs=2",
         "training.encoder_steps=8",
-        "training.encoder_learning_rate=0.01",
+        "training.encoder_learning_rate=0.005",
         "training.encoder_batch_size=8",
         "training.num_epochs=2",
         "training.episodes_per_epoch=2",

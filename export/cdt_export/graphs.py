@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cdt_runtime.preprocess import Preprocess
-from cdt_train.encoders.turned import without_turns
+from cdt_train.encoders.turned import for_inference
 from cdt_train.models.bridge import Bridge
 from cdt_train.models.prototypical import PrototypicalHead
 from cdt_train.models.transfer_model import TransferModel
@@ -124,7 +124,7 @@ def build_graphs(model: TransferModel, preprocess: Preprocess, *, n_classes: int
         ct_tokens, ct_present = model.context(ct)
         tile_tokens = model.path_encoder(tile)
         embedding = model.bridge(tile_tokens, ct_tokens, ct_present)
-    encoder = without_turns(model.path_encoder)
+    encoder, ct_encoder = for_inference(model.path_encoder), for_inference(model.ct_encoder)
     prototypes = torch.nn.functional.normalize(
         torch.randn(max(2, n_classes), embedding.shape[1], generator=generator), dim=1
     )
@@ -134,7 +134,7 @@ def build_graphs(model: TransferModel, preprocess: Preprocess, *, n_classes: int
     context = {"ct_tokens": ct_tokens, "ct_present": ct_present}
     head = {"prototypes": prototypes, "scale": scale}
     return [
-        Graph("ct_encoder", model.ct_encoder, {"ct": ct}, ("ct_tokens",), {}),
+        Graph("ct_encoder", ct_encoder, {"ct": ct}, ("ct_tokens",), {}),
         Graph("path_encoder", encoder, {"tile": tile}, ("tile_tokens",), {"tile": batch}),
         Graph(
             "bridge",

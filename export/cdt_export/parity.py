@@ -19,7 +19,7 @@ from torch import Tensor
 from cdt_export.graphs import Graph
 from cdt_runtime.backends import Session
 from cdt_runtime.errors import ParityError
-from cdt_runtime.golden import relative_gap
+from cdt_runtime.golden import FULL, HALF, relative_gap
 from cdt_runtime.prototypes import fit_prototypes, softmax
 from cdt_train.models.transfer_model import TransferModel
 
@@ -42,8 +42,7 @@ class Tolerance:
     probability: float
 
 
-TOLERANCES = {"fp32": Tolerance(1e-3, 0.999999, 1e-3), "fp16": Tolerance(2e-2, 0.9999, 2e-2)}
-"""Rounding of float32 sums in another order stays below 1e-4, of float16 below 1e-2."""
+TOLERANCES = {"fp32": Tolerance(FULL, 0.999999, 1e-3), "fp16": Tolerance(HALF, 0.9999, 2e-2)}
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cdt_runtime.backends import Session, open_session
+from cdt_runtime.backends import Precision, Session, open_session
 from cdt_runtime.bundle import Bundle
 from cdt_runtime.cache import TokenCache, cache_dir
 from cdt_runtime.ct import Series, Volume, load_volume, scan_series
 from cdt_runtime.errors import BackendError, PrototypeError, TileError
 from cdt_runtime.prediction import Context, CtChange, CtUsed, Prediction, TileInput, nearest
 from cdt_runtime.preprocess import Preprocess
+from cdt_runtime.proof import Choice, choose_backend
 from cdt_runtime.prototypes import (
     FACTS,
     TENSORS,
@@ -56,8 +57,14 @@ class FewShotClassifier:
 
     Args:
         bundle: an opened bundle.
-        backend: name of the inference engine, a key of `BACKENDS`.
-        cache: folder of the CT token cache, or None for the default one.
+        backend: name of the inference engine, a key of `BACKENDS`; `auto` takes the fastest that is
+            there and has passed the bundle's self-test on this machine.
+        precision: `auto` is the engine's fastest that decides as before, `fp32` is none below that
+            of the graphs.
+        cache: folder of CT tokens and of proofs of engines, or None for the default one.
+
+    Attributes:
+        notes: why `auto` passed over an engine, one line each.
 
     Raises:
         BundleError, PrototypeError, BackendError: they can't be used here.
@@ -67,15 +74,24 @@ class FewShotClassifier:
     """Tiles in one engine call: beyond it a CPU gains nothing and memory grows."""
 
     def __init__(
-        self, bundle: Bundle, *, backend: str = "onnxruntime", cache: Path | None = None
+        self,
+        bundle: Bundle,
+        *,
+        backend: str = "auto",
+        precision: Precision = "auto",
+        cache: Path | None = None,
     ) -> None:
         self.bundle = bundle
-        self.backend = backend
+        folder = cache or cache_dir()
+        choice = Choice(backend, precision)
+        if backend == "auto":
+            choice = choose_backend(bundle, precision, folder)
+        self.backend, self.precision, self.notes = choice.backend, choice.precision, choice.notes
         self.preprocess: Preprocess = bundle.preprocess
         self.prototypes = Prototypes.from_files(
             bundle.read(TENSORS), bundle.read(FACTS), encoder_sha256=bundle.encoder_sha256
         )
-        self._cache = TokenCache(cache or cache_dir())
+        self._cache = TokenCache(folder)
         self._sessions: dict[str, Session] = {}
         self._means: dict[str, Float] = {}
         self._classify = self._session("tile_classifier")
@@ -85,11 +101,12 @@ class FewShotClassifier:
         cls,
         path: str | os.PathLike[str],
         *,
-        backend: str = "onnxruntime",
+        backend: str = "auto",
+        precision: Precision = "auto",
         cache: Path | None = None,
     ) -> FewShotClassifier:
         """Open a bundle folder; see the class for the arguments and errors."""
-        return cls(Bundle.open(path), backend=backend, cache=cache)
+        return cls(Bundle.open(path), backend=backend, precision=precision, cache=cache)
 
     @property
     def engine(self) -> str:
@@ -378,7 +395,7 @@ class FewShotClassifier:
     def _session(self, graph: str) -> Session:
         if graph not in self._sessions:
             data = self.bundle.read(f"{graph}.onnx")
-            self._sessions[graph] = open_session(self.backend, data)
+            self._sessions[graph] = open_session(self.backend, data, self.precision)
         return self._sessions[graph]
 
     def _ct_tokens_shape(self) -> tuple[int, ...]:

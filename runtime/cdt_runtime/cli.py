@@ -16,6 +16,7 @@ from cdt_runtime.console import one_line, run, say
 from cdt_runtime.errors import InputError
 
 if TYPE_CHECKING:
+    from cdt_runtime.backends import Precision
     from cdt_runtime.classifier import FewShotClassifier
     from cdt_runtime.prediction import Context, Prediction, TileInput
 
@@ -44,7 +45,19 @@ def infer() -> NoReturn:
 )
 @click.argument("paths", nargs=-1, metavar="CT_DIR TILE [TILE ...]")
 @click.option("--bundle", metavar="DIR", help="Bundle folder.  [default: the newest in ./engines]")
-@click.option("--backend", default="onnxruntime", show_default=True, help="Inference engine.")
+@click.option(
+    "--backend",
+    default="auto",
+    show_default=True,
+    help="auto (the fastest that passes the self-test), cuda, openvino or onnxruntime.",
+)
+@click.option(
+    "--precision",
+    type=click.Choice(["auto", "fp32"]),
+    default="auto",
+    show_default=True,
+    help="fp32: never below that of the bundle.",
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a tile, one a line.")
 @click.option("--no-ct", is_flag=True, help="Ignore the CT; CT_DIR may then be left out.")
 @click.option("--series", metavar="UID", help="Which series, where CT_DIR holds several.")
@@ -57,6 +70,7 @@ def infer_command(
     paths: tuple[str, ...],
     bundle: str | None,
     backend: str,
+    precision: Precision,
     as_json: bool,
     no_ct: bool,
     series: str | None,
@@ -74,7 +88,7 @@ def infer_command(
 
     ct_dir, tiles = _split_paths(paths, no_ct)
     _refuse_empty({"--bundle": bundle, "--series": series, "--channels": channels})
-    classifier = _open(bundle, backend)
+    classifier = _open(bundle, backend, precision)
     if fill_missing:
         require_filling(classifier.preprocess)
     context = classifier.context(ct_dir, series_uid=series, allow_resample=allow_resample)
@@ -112,14 +126,17 @@ def _refuse_empty(options: dict[str, str | None]) -> None:
             raise InputError(f"{name} is empty: is a variable of your script unset?")
 
 
-def _open(bundle: str | None, backend: str) -> FewShotClassifier:
+def _open(bundle: str | None, backend: str, precision: Precision) -> FewShotClassifier:
     from cdt_runtime.bundle import newest_bundle
     from cdt_runtime.classifier import FewShotClassifier
 
     path = Path(bundle) if bundle else newest_bundle(Path("engines"))
     if not bundle:
         click.echo(f"bundle: {path} (the newest; --bundle chooses another)", err=True)
-    return FewShotClassifier.open(path, backend=backend)
+    classifier = FewShotClassifier.open(path, backend=backend, precision=precision)
+    for note in classifier.notes:
+        click.echo(f"note: {one_line(note)}", err=True)
+    return classifier
 
 
 def _classify(

@@ -9,7 +9,7 @@ import pytest
 
 from cdt_runtime import FewShotClassifier, read_series, read_tile
 from cdt_runtime.bundle import Bundle, write_bundle
-from cdt_runtime.errors import BackendError, PrototypeError, SeriesError, TileError
+from cdt_runtime.errors import PrototypeError, SeriesError, TileError
 from cdt_runtime.prototypes import FACTS, TENSORS, Prototypes, fit_prototypes, softmax
 
 
@@ -346,34 +346,6 @@ def test_an_oblong_tile_is_warned_about(classifier: FewShotClassifier) -> None:
     pixels = np.random.default_rng(0).integers(0, 255, (64, 128, 6), dtype=np.uint8)
     warnings = classifier.predict([pixels])[0].warnings
     assert "oblong tile: only the centre square counts, 50% of its area" in warnings
-
-
-def test_an_unknown_backend_is_said(bundle_dir: Path) -> None:
-    with pytest.raises(BackendError, match="backend 'tpu': expected one of onnxruntime, cuda"):
-        FewShotClassifier.open(bundle_dir, backend="tpu")
-
-
-def test_a_missing_gpu_is_an_error_never_the_cpu(
-    bundle_dir: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(BackendError, match="CUDA"):
-        FewShotClassifier.open(bundle_dir, backend="cuda")
-    assert capfd.readouterr().out == ""
-
-
-def test_a_graph_that_is_none_is_one_error() -> None:
-    from cdt_runtime.backends import open_session
-
-    with pytest.raises(BackendError, match="CPUExecutionProvider: can't load the graph"):
-        open_session("onnxruntime", b"not a graph")
-
-
-def test_inputs_that_do_not_fit_the_graph_are_one_error(bundle_dir: Path) -> None:
-    from cdt_runtime.backends import open_session
-
-    session = open_session("onnxruntime", (bundle_dir / "ct_encoder.onnx").read_bytes())
-    with pytest.raises(BackendError, match=r"onnxruntime .* CPUExecutionProvider: .*ct"):
-        session.run({"ct": np.zeros((1, 1, 8, 64, 63), np.float32)})
 
 
 def test_an_empty_folder_is_no_ct(classifier: FewShotClassifier, tmp_path: Path) -> None:

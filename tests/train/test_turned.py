@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from cdt_train.encoders.conv2d import PathEncoder
-from cdt_train.encoders.turned import TURNS, TurnedConv2d, TurnedNorm, without_turns
+from cdt_train.encoders.turned import TURNS, TurnedConv2d, TurnedNorm, for_inference
 
 
 def layers() -> nn.Sequential:
@@ -44,7 +44,7 @@ def test_a_layer_divides_the_side_by_its_stride(kernel: int, stride: int) -> Non
 
 def test_ordinary_convolutions_do_the_same_at_inference() -> None:
     net, images = layers(), torch.rand(2, 3, 32, 32)
-    plain = without_turns(net)
+    plain = for_inference(net)
     kinds = {type(module) for module in plain.modules()}
     assert kinds == {nn.Sequential, nn.Conv2d, nn.Identity, nn.ReLU}
     assert torch.allclose(plain(images), net(images), atol=1e-5)

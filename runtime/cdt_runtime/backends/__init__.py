@@ -1,44 +1,39 @@
 """Inference engines behind one small protocol.
 
 A backend turns the bytes of an ONNX graph into a session; a session runs named arrays. To add one,
-write a module beside this file and one line in `BACKENDS`.
+write a module beside this file and one entry in `BACKENDS`, which is in order of speed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol
-
-from numpy.typing import NDArray
-
-from cdt_runtime.backends.ort import cpu, cuda
+from cdt_runtime.backends import ort, ov
+from cdt_runtime.backends.session import Arrays, Backend, Precision, Session
 from cdt_runtime.errors import BackendError
 
-Arrays = Mapping[str, NDArray[Any]]
+__all__ = ["BACKENDS", "Arrays", "Backend", "Precision", "Session", "open_session"]
 
-
-class Session(Protocol):
-    """One loaded graph."""
-
-    engine: str
-    """The engine and the device that really run it, as results name them."""
-
-    def run(self, inputs: Arrays) -> dict[str, NDArray[Any]]:
-        """Run the graph: inputs by name in, all outputs by name out."""
-
-
-BACKENDS: dict[str, Callable[[bytes], Session]] = {
-    "onnxruntime": cpu,
-    "cuda": cuda,
+BACKENDS: dict[str, Backend] = {
+    "cuda": Backend(ort.cuda, ort.gpu_present, ort.PACKAGES),
+    "openvino": Backend(ov.cpu, ov.present, ("openvino",)),
+    "onnxruntime": Backend(ort.cpu, lambda: True, ort.PACKAGES),
 }
 
 
-def open_session(backend: str, graph: bytes) -> Session:
+def open_session(backend: str, graph: bytes, precision: Precision = "auto") -> Session:
     """Load a graph in the engine of that name.
 
     Raises:
         BackendError: no such engine, or it can't run here.
     """
+    require_known(backend)
+    return BACKENDS[backend].open(graph, precision)
+
+
+def require_known(backend: str) -> None:
+    """Refuse a name that no engine has.
+
+    Raises:
+        BackendError: naming those there are.
+    """
     if backend not in BACKENDS:
-        raise BackendError(f"backend {backend!r}: expected one of {', '.join(BACKENDS)}")
-    return BACKENDS[backend](graph)
+        raise BackendError(f"backend {backend!r}: expected one of auto, {', '.join(BACKENDS)}")

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import Any
 
 from numpy.typing import NDArray
 
+from cdt_runtime.backends.session import Precision, first_line
 from cdt_runtime.errors import BackendError
+
+PACKAGES = ("onnxruntime-gpu", "onnxruntime")
+"""Distributions that provide it; never both."""
+
+DRIVERS = ("/dev/nvidiactl", "/dev/nvhost-gpu")
+"""What a Linux machine with an NVIDIA driver has; the second on a Jetson."""
 
 
 class OrtSession:
@@ -16,9 +26,10 @@ class OrtSession:
     Args:
         graph: bytes of a single-file ONNX model.
         provider: the execution provider; another one is never used in its place.
+        **settings: of the provider.
     """
 
-    def __init__(self, graph: bytes, provider: str) -> None:
+    def __init__(self, graph: bytes, provider: str, **settings: str) -> None:
         import onnxruntime as ort
 
         options = ort.SessionOptions()
@@ -29,7 +40,7 @@ class OrtSession:
         if provider != "CPUExecutionProvider":
             options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         try:
-            self._session = ort.InferenceSession(graph, options, providers=[provider])
+            self._session = ort.InferenceSession(graph, options, providers=[(provider, settings)])
         except Exception as error:  # ONNX Runtime raises a bare class of its own for each status
             raise BackendError(
                 f"{provider}: can't load the graph: {_reason(error)}{_cure(provider)}"
@@ -40,6 +51,7 @@ class OrtSession:
                 f"{provider} was asked for, ONNX Runtime gives {actual}{_cure(provider)}"
             )
         self.engine = f"onnxruntime {ort.__version__} {actual}"
+        self.half = False
         self._names = [output.name for output in self._session.get_outputs()]
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
@@ -51,17 +63,17 @@ class OrtSession:
         try:
             outputs = self._session.run(self._names, dict(inputs))
         except Exception as error:  # as above
-            raise BackendError(f"{self.engine}: {_first_line(error)}") from error
+            raise BackendError(f"{self.engine}: {first_line(error)}") from error
         return dict(zip(self._names, outputs, strict=True))
 
 
-def cpu(graph: bytes) -> OrtSession:
-    """Load a graph on the CPU."""
+def cpu(graph: bytes, precision: Precision) -> OrtSession:
+    """Load a graph on the CPU, where it computes in the graph's own precision."""
     return OrtSession(graph, "CPUExecutionProvider")
 
 
-def cuda(graph: bytes) -> OrtSession:
-    """Load a graph on the first NVIDIA GPU.
+def cuda(graph: bytes, precision: Precision) -> OrtSession:
+    """Load a graph on the first NVIDIA GPU; float32 may be rounded to TF32 unless forbidden.
 
     Raises:
         BackendError: there is no usable GPU; the CPU never stands in.
@@ -70,7 +82,19 @@ def cuda(graph: bytes) -> OrtSession:
 
     if "CUDAExecutionProvider" not in ort.get_available_providers():
         raise BackendError(f"backend 'cuda': this ONNX Runtime has no CUDA provider{_cure('CUDA')}")
-    return OrtSession(graph, "CUDAExecutionProvider")
+    rounded = precision == "auto"
+    session = OrtSession(graph, "CUDAExecutionProvider", use_tf32=str(int(rounded)))
+    session.half = rounded
+    return session
+
+
+def gpu_present() -> bool:
+    """Whether there is a driver of an NVIDIA GPU."""
+    if sys.platform == "win32":
+        from ctypes.util import find_library
+
+        return find_library("nvcuda") is not None
+    return any(os.path.exists(path) for path in DRIVERS) and find_spec("onnxruntime") is not None
 
 
 def _cure(provider: str) -> str:
@@ -85,8 +109,4 @@ def _cure(provider: str) -> str:
 def _reason(error: Exception) -> str:
     if "fallback to CPU EP has been explicitly disabled" in str(error):
         return "no usable GPU, or its libraries are missing"
-    return _first_line(error)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    return first_line(error)

@@ -16,6 +16,7 @@ import math
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 TURNS = 4
@@ -96,20 +97,22 @@ class TurnedNorm(nn.Module):
         return norm
 
 
-def without_turns(module: nn.Module) -> nn.Module:
-    """Copy a module for inference: each turned layer and its norm as one ordinary convolution.
+def for_inference(module: nn.Module) -> nn.Module:
+    """Copy a module for inference: each convolution and its norm as one ordinary convolution.
 
     Joined in float32, they lose less when the copy is then cast to half precision.
 
     Args:
-        module: turned layers in it stand in an `nn.Sequential`, each before its norm.
+        module: in it a convolution with a norm of its own, turned or 3D, stands before that norm
+            in an `nn.Sequential`.
     """
     made = copy.deepcopy(module).eval()
     for part in [each for each in made.modules() if isinstance(each, nn.Sequential)]:
         conv, norm = part[0], part[1]
         if isinstance(conv, TurnedConv2d) and isinstance(norm, TurnedNorm):
-            part[0] = fuse_conv_bn_eval(_plain_conv(conv), norm.plain())
-            part[1] = nn.Identity()
+            conv, norm = _plain_conv(conv), norm.plain()
+        if isinstance(conv, nn.Conv2d | nn.Conv3d) and isinstance(norm, _BatchNorm):
+            part[0], part[1] = fuse_conv_bn_eval(conv, norm), nn.Identity()
     return made
 
 

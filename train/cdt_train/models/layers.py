@@ -11,16 +11,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 
-class GroupNorm(nn.GroupNorm):
-    """Group normalisation with float32 statistics."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Normalise `(B, C, ...)`."""
-        weight, bias = self.weight.float(), self.bias.float()
-        result = functional.group_norm(input.float(), self.num_groups, weight, bias, self.eps)
-        return result.to(input.dtype)
-
-
 class Offset(nn.Module):
     """Subtract the mean: of the batch in training, the running one at inference.
 

@@ -1,0 +1,194 @@
+"""The engines, each alone, and the choice among them."""
+
+from __future__ import annotations
+
+import builtins
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cdt_runtime import proof
+from cdt_runtime.backends import BACKENDS, open_session, ort, ov
+from cdt_runtime.bundle import Bundle
+from cdt_runtime.classifier import FewShotClassifier
+from cdt_runtime.errors import BackendError, ParityError
+from cdt_runtime.golden import FULL, HALF, golden_inputs, self_test
+from cdt_runtime.proof import Choice, choose_backend
+
+CPU_ENGINES = ["onnxruntime", "openvino"]
+
+
+@pytest.fixture
+def bundle(bundle_dir: Path) -> Bundle:
+    return Bundle.open(bundle_dir)
+
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ort, "DRIVERS", ())
+
+
+@pytest.mark.parametrize("backend", CPU_ENGINES)
+def test_each_engine_answers_as_pytorch_did(bundle: Bundle, backend: str) -> None:
+    gaps = self_test(bundle, backend, "fp32")
+    assert set(gaps) >= {"out_ct_tokens", "out_embedding_with_ct", "out_logits_without_ct"}
+    assert max(gaps.values()) < FULL
+
+
+def test_fp32_is_never_rounded_and_the_engine_says_what_it_does(bundle: Bundle) -> None:
+    graph = bundle.read("path_encoder.onnx")
+    exact, fast = open_session("openvino", graph, "fp32"), open_session("openvino", graph)
+    assert (exact.half, exact.engine.split()[0], exact.engine.split()[2:]) == (
+        False,
+        "openvino",
+        ["CPU", "f32"],
+    )
+    assert fast.half == (fast.engine.split()[-1] != "f32")
+    reference = open_session("onnxruntime", graph)
+    tile = {"tile": golden_inputs(bundle.preprocess)["in_tile"]}
+    expected = reference.run(tile)["tile_tokens"]
+    scale = np.abs(expected).max()
+    assert np.abs(exact.run(tile)["tile_tokens"] - expected).max() < FULL * scale
+    assert np.abs(fast.run(tile)["tile_tokens"] - expected).max() < HALF * scale
+
+
+@pytest.mark.parametrize("backend", CPU_ENGINES)
+def test_an_answer_is_not_changed_by_the_next_one(bundle: Bundle, backend: str) -> None:
+    session = open_session(backend, bundle.read("path_encoder.onnx"))
+    tiles = golden_inputs(bundle.preprocess)["in_tile"]
+    first = session.run({"tile": tiles[:1]})["tile_tokens"]
+    kept = first.copy()
+    second = session.run({"tile": tiles[1:2]})["tile_tokens"]
+    assert np.array_equal(first, kept)
+    assert not np.array_equal(first, second)
+
+
+def test_an_unknown_backend_is_said(bundle_dir: Path) -> None:
+    expected = "backend 'tpu': expected one of auto, cuda, openvino, onnxruntime"
+    with pytest.raises(BackendError, match=expected):
+        FewShotClassifier.open(bundle_dir, backend="tpu")
+
+
+def test_a_missing_gpu_is_an_error_never_the_cpu(
+    bundle_dir: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(BackendError, match="CUDA"):
+        FewShotClassifier.open(bundle_dir, backend="cuda")
+    assert capfd.readouterr().out == ""
+
+
+def test_a_missing_openvino_is_an_error_with_its_cure(
+    bundle_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = builtins.__import__
+
+    def without(name: str, *rest: Any) -> Any:
+        if name == "openvino":
+            raise ImportError(name)
+        return whole(name, *rest)
+
+    ov._core.cache_clear()
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(BackendError, match=r"not installed: pip install 'cdt-edge\[openvino\]'"):
+        FewShotClassifier.open(bundle_dir, backend="openvino")
+
+
+@pytest.mark.parametrize(
+    ("backend", "message"),
+    [
+        ("onnxruntime", "CPUExecutionProvider: can't load the graph: "),
+        ("openvino", "openvino: can't load the graph: "),
+    ],
+)
+def test_a_graph_that_is_none_is_one_error(backend: str, message: str) -> None:
+    with pytest.raises(BackendError, match=message) as caught:
+        open_session(backend, b"not a graph")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("backend", CPU_ENGINES)
+def test_inputs_that_do_not_fit_the_graph_are_one_error(bundle: Bundle, backend: str) -> None:
+    session = open_session(backend, bundle.read("ct_encoder.onnx"))
+    with pytest.raises(BackendError, match=rf"{backend} .*: .") as caught:
+        session.run({"ct": np.zeros((1, 1, 8, 64, 63), np.float32)})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_the_fastest_engine_is_proved_once(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert choose_backend(bundle, "fp32", tmp_path) == Choice("openvino", "fp32")
+    (kept,) = tmp_path.glob("*.proof")
+    facts = json.loads(kept.read_text())
+    assert (facts["backend"], facts["bundle"]) == ("openvino", bundle.identity)
+    tests: list[str] = []
+
+    def counted(of: Bundle, name: str, precision: Any) -> dict[str, float]:
+        tests.append(f"{name} {precision}")
+        return {}
+
+    monkeypatch.setattr(proof, "self_test", counted)
+    assert choose_backend(bundle, "fp32", tmp_path) == Choice("openvino", "fp32")
+    assert tests == []
+    assert choose_backend(bundle, "auto", tmp_path) == Choice("openvino", "auto")
+    monkeypatch.setattr(proof, "_version", lambda package: "another")
+    choose_backend(bundle, "fp32", tmp_path)
+    choose_backend(bundle, "fp32", None)
+    assert tests == ["openvino auto", "openvino fp32", "openvino fp32"]
+
+
+@pytest.mark.usefixtures("no_gpu")
+@pytest.mark.parametrize(
+    ("fails", "chosen", "notes"),
+    [
+        ((), ("openvino", "auto"), ()),
+        (("openvino auto",), ("openvino", "fp32"), ()),
+        (
+            ("openvino auto", "openvino fp32"),
+            ("onnxruntime", "auto"),
+            ("openvino is not used: openvino fp32 is off",),
+        ),
+    ],
+)
+def test_what_fails_its_self_test_is_passed_over_aloud(
+    bundle_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    fails: tuple[str, ...],
+    chosen: tuple[str, str],
+    notes: tuple[str, ...],
+) -> None:
+    def some_fail(of: Bundle, name: str, precision: Any) -> dict[str, float]:
+        if f"{name} {precision}" in fails:
+            raise ParityError(f"{name} {precision} is off")
+        return {}
+
+    monkeypatch.setattr(proof, "self_test", some_fail)
+    for _ in range(2):  # tested, then remembered
+        found = FewShotClassifier.open(bundle_dir, cache=tmp_path)
+        assert (found.backend, found.precision, found.notes) == (*chosen, notes)
+        assert found.engine.startswith(f"{chosen[0]} ")
+        monkeypatch.setattr(proof, "self_test", None)
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_an_engine_that_can_not_run_is_tried_again_the_next_time(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def broken(of: Bundle, name: str, precision: Any) -> dict[str, float]:
+        raise BackendError("its driver is missing")
+
+    monkeypatch.setattr(proof, "self_test", broken)
+    with pytest.raises(BackendError, match="no engine can be used: openvino is not used: its dri"):
+        choose_backend(bundle, "auto", tmp_path)
+    monkeypatch.setattr(proof, "self_test", lambda *_: {})
+    assert choose_backend(bundle, "auto", tmp_path) == Choice("openvino", "auto")
+
+
+def test_a_folder_that_can_not_be_written_only_costs_time(bundle: Bundle, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert choose_backend(bundle, "auto", tmp_path / "file" / "x").backend in BACKENDS
