@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from cdt_runtime.backends import Precision, Session, open_session
 from cdt_runtime.bundle import Bundle
 from cdt_runtime.cache import TokenCache, cache_dir
-from cdt_runtime.ct import Series, Volume, load_volume, scan_series
+from cdt_runtime.ct import Series, Volume, load_reduced, scan_series
 from cdt_runtime.errors import BackendError, PrototypeError, TileError
 from cdt_runtime.prediction import Context, CtChange, CtUsed, Prediction, TileInput, nearest
 from cdt_runtime.preprocess import Preprocess
@@ -35,7 +35,7 @@ from cdt_runtime.tile_input import TileLike, prepare
 Float = NDArray[np.float32]
 CtLike = str | os.PathLike[str] | Volume | None
 
-READER_VERSION = 1
+READER_VERSION = 2
 """Raised when the same series gives another CT input than before: cached tokens are then stale."""
 
 
@@ -256,7 +256,7 @@ class FewShotClassifier:
             ct_input = self.preprocess.ct(ct)
             # What a caller made is known by its values alone.
             identity = hashlib.sha256(ct_input.tobytes()).hexdigest()
-            return self._encoded(identity, ct, lambda: (ct_input, ct.warnings), started)
+            return self._encoded(identity, ct, lambda: ct_input, started)
         series = scan_series(
             Path(ct),
             series_uid=series_uid,
@@ -264,26 +264,25 @@ class FewShotClassifier:
             allow_resample=allow_resample,
         )
 
-        def read() -> tuple[Float, tuple[str, ...]]:
-            volume = load_volume(series)
-            return self.preprocess.ct(volume), volume.warnings
+        def read() -> Float:
+            return self.preprocess.ct_of_slices(load_reduced(series, self.preprocess.slice_size))
 
-        return self._encoded(series.series_hash, series, read, started)
+        return self._encoded(series.state, series, read, started)
 
     def _encoded(
         self,
         identity: str,
         ct: Series | Volume,
-        read: Callable[[], tuple[Float, tuple[str, ...]]],
+        read: Callable[[], Float],
         started: float,
     ) -> Context:
         """Take the tokens of a CT from the cache, or read and encode it."""
         key = self._token_key(identity)
         tokens = self._cache.get(key, self._ct_tokens_shape())
-        hit, warnings = tokens is not None, ct.warnings
+        hit = tokens is not None
         timings: dict[str, float] = {}
         if tokens is None:
-            ct_input, warnings = read()
+            ct_input = read()
             timings["ct_read"] = _ms_since(started)
             started = perf_counter()
             tokens = self._finite(self._session("ct_encoder").run({"ct": ct_input})["ct_tokens"])
@@ -291,7 +290,7 @@ class FewShotClassifier:
             self._cache.put(key, tokens)
         else:
             timings["ct_read"] = _ms_since(started)
-        used = CtUsed(ct.description, hit, warnings)
+        used = CtUsed(ct.description, hit, ct.warnings)
         return Context(tokens, np.ones(1, np.float32), key, used, timings)
 
     def _finite(self, answer: Float) -> Float:
@@ -401,8 +400,8 @@ class FewShotClassifier:
     def _ct_tokens_shape(self) -> tuple[int, ...]:
         return tuple(self.bundle.manifest["graphs"]["ct_encoder"]["outputs"]["ct_tokens"]["shape"])
 
-    def _token_key(self, series_hash: str) -> str:
-        parts = [series_hash, self.bundle.ct_encoder_sha256, self.engine, str(READER_VERSION)]
+    def _token_key(self, identity: str) -> str:
+        parts = [identity, self.bundle.ct_encoder_sha256, self.engine, str(READER_VERSION)]
         return hashlib.sha256("|".join(parts).encode()).hexdigest()
 
 

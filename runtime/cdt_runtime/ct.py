@@ -1,11 +1,12 @@
 """A folder of DICOM files -> a CT volume in Hounsfield units (HU).
 
-    scan_series   headers only: finds the series, checks its geometry, hashes its files
-    load_volume   decodes the pixels of a scanned series
-    read_series   both
+    scan_series    headers only: finds the series and checks its geometry
+    load_volume    decodes the pixels of a scanned series
+    load_reduced   the same, each slice brought to small means as it comes
+    read_series    scan_series, then load_volume
 
-The scan alone tells whether a series can be used and names it (`series_hash`), so that a caller can
-look into a cache before any pixel is decoded. Everything wrong with the input is a SeriesError of
+The scan alone tells whether a series can be used and names its `state`, so that a caller can look
+into a cache before any pixel is read. Everything wrong with the input is a SeriesError of
 one line. No header text leaves this module: attributes are named, their values are not, save sizes,
 geometry and the UIDs to choose a series by. Nor does any folder above the last: their names tell
 patients and dates.
@@ -15,9 +16,11 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 
@@ -26,6 +29,7 @@ import numpy.typing as npt
 
 from cdt_runtime.ct_folder import check_alike, choose, drop_odd_orientation, in_order, scan_folder
 from cdt_runtime.ct_geometry import Geometry, geometry_of
+from cdt_runtime.ct_reduce import reduced_hu
 from cdt_runtime.dicom_frame import MAX_VOXELS, Frame, Vector, frames_of
 from cdt_runtime.dicom_header import PixelFile, reading
 from cdt_runtime.dicom_pixels import frame_hu, open_raw, padding_in_tissue, payloads
@@ -77,14 +81,29 @@ class Series:
     Attributes:
         frames: its slices, ordered towards the head.
         geometry: the grid that they fill.
-        series_hash: sha256 of the slice files in slice order, in hexadecimal.
         warnings: one line each.
     """
 
     frames: tuple[Frame, ...] = field(repr=False)
     geometry: Geometry = field(repr=False)
-    series_hash: str
     warnings: tuple[str, ...] = ()
+
+    @cached_property
+    def series_hash(self) -> str:
+        """SHA-256 of the slice files in slice order, in hexadecimal; reads them whole."""
+        digest = hashlib.sha256()
+        for file in _files(self.frames):
+            with reading(file.name), open_raw(file) as stream:
+                while chunk := stream.read(HASH_CHUNK):
+                    digest.update(chunk)
+        return digest.hexdigest()
+
+    @property
+    def state(self) -> str:
+        """Differs where a file was changed, moved or copied, on this machine; reads none."""
+        # Where the grid is not even, the slices in use hang on what the caller allows.
+        parts = [f"{f.file.state}/{f.index}" for f in self.frames]
+        return hashlib.sha256("|".join([*parts, repr(self.geometry)]).encode()).hexdigest()
 
     @property
     def description(self) -> str:
@@ -118,7 +137,7 @@ def scan_series(
     _check_number(frames, min_slices)
     geometry, uneven = geometry_of(frames, allow_resample)
     notes = [*warnings, *odd, *copies, *uneven, *_value_warnings(frames)]
-    return Series(tuple(frames), geometry, _hash(frames), tuple(notes))
+    return Series(tuple(frames), geometry, tuple(notes))
 
 
 def _check_number(frames: Sequence[Frame], min_slices: int) -> None:
@@ -151,44 +170,76 @@ def _files(frames: Sequence[Frame]) -> list[PixelFile]:
     return list({frame.file.path: frame.file for frame in frames}.values())
 
 
-def _hash(frames: Sequence[Frame]) -> str:
-    digest = hashlib.sha256()
-    for file in _files(frames):
-        with reading(file.name), open_raw(file) as stream:
-            while chunk := stream.read(HASH_CHUNK):
-                digest.update(chunk)
-    return digest.hexdigest()
-
-
 def load_volume(series: Series) -> Volume:
     """Decodes the pixels of a scanned series.
 
     Raises:
         SeriesError: a file changed since the scan, or its pixels are damaged.
     """
-    geometry = series.geometry
-    stack = np.empty((len(series.frames), *geometry.shape[1:]), np.float32)
+    stack = np.empty((len(series.frames), *series.geometry.shape[1:]), np.float32)
+    lowest = np.empty(len(series.frames))
 
-    def fill(file: PixelFile, slots: Sequence[tuple[int, Frame]]) -> None:
-        wanted = {frame.index: (slot, frame) for slot, frame in slots}
-        for index, payload in enumerate(payloads(file, slots[0][1].layout)):
-            if index in wanted:
-                slot, frame = wanted[index]
-                stack[slot] = geometry.turn(frame_hu(payload, frame))
+    def keep(slot: int, payload: bytes | memoryview, frame: Frame) -> None:
+        hu = frame_hu(payload, frame)
+        stack[slot], lowest[slot] = series.geometry.turn(hu), hu.min()
 
-    numbered = sorted(enumerate(series.frames), key=lambda pair: pair[1].file.path)
-    jobs = [(slots[0][1].file, slots) for slots in _by_file(numbered)]
-    with quiet(), ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool:
-        list(pool.map(lambda job: fill(*job), jobs))
-    _check_hu(stack, series.frames)
+    _each_frame(series.frames, keep)
+    _check_hu(float(lowest.min()), series.frames)
     return Volume(
-        hu=_resampled(stack, geometry),
-        spacing_mm=geometry.spacing_mm,
-        origin_mm=geometry.origin_mm,
-        direction=geometry.direction,
+        hu=_resampled(stack, series.geometry),
+        spacing_mm=series.geometry.spacing_mm,
+        origin_mm=series.geometry.origin_mm,
+        direction=series.geometry.direction,
         series_hash=series.series_hash,
         warnings=series.warnings,
     )
+
+
+def load_reduced(series: Series, side: int) -> npt.NDArray[np.float32]:
+    """Decodes a scanned series slice by slice, each reduced at once: a volume is never held.
+
+    Args:
+        series: what `scan_series` gave.
+        side: of the reduced slices.
+
+    Returns:
+        `(D, side, side)` float32: mean HU of the canonical volume over the exact area of each.
+
+    Raises:
+        SeriesError: as `load_volume`.
+    """
+    stack = np.empty((len(series.frames), side, side), np.float32)
+    lowest = np.empty(len(series.frames))
+
+    def keep(slot: int, payload: bytes | memoryview, frame: Frame) -> None:
+        small, lowest[slot] = reduced_hu(payload, frame, side)
+        stack[slot] = series.geometry.turn(small)
+
+    _each_frame(series.frames, keep)
+    _check_hu(float(lowest.min()), series.frames)
+    return _resampled(stack, series.geometry)
+
+
+def _each_frame(
+    frames: Sequence[Frame], keep: Callable[[int, bytes | memoryview, Frame], None]
+) -> None:
+    """Reads each frame once, files side by side, and hands it over with its place in the series."""
+    here = threading.local()
+
+    def fill(file: PixelFile, slots: Sequence[tuple[int, Frame]]) -> None:
+        layout = slots[0][1].layout
+        if len(getattr(here, "buffer", b"")) < layout.frame_bytes:
+            here.buffer = bytearray(layout.frame_bytes)
+        wanted = {frame.index: (slot, frame) for slot, frame in slots}
+        for index, payload in enumerate(payloads(file, layout, here.buffer)):
+            if index in wanted:
+                slot, frame = wanted[index]
+                keep(slot, payload, frame)
+
+    numbered = sorted(enumerate(frames), key=lambda pair: pair[1].file.path)
+    jobs = [(slots[0][1].file, slots) for slots in _by_file(numbered)]
+    with quiet(), ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool:
+        list(pool.map(lambda job: fill(*job), jobs))
 
 
 def _by_file(numbered: Sequence[tuple[int, Frame]]) -> list[list[tuple[int, Frame]]]:
@@ -196,10 +247,10 @@ def _by_file(numbered: Sequence[tuple[int, Frame]]) -> list[list[tuple[int, Fram
     return [list(group) for _, group in groups]
 
 
-def _check_hu(stack: npt.NDArray[np.float32], frames: Sequence[Frame]) -> None:
+def _check_hu(lowest: float, frames: Sequence[Frame]) -> None:
     """Without a rescale the values must look like HU: air is below zero."""
     odd = next((frame for frame in frames if not frame.rescale.given), None)
-    if odd is not None and stack.min() >= 0:
+    if odd is not None and lowest >= 0:
         raise SeriesError(
             f"{odd.name}: RescaleIntercept is missing and no value lies below 0, so they can't be "
             "HU: export the series again from the archive"
@@ -212,7 +263,7 @@ def _resampled(stack: npt.NDArray[np.float32], geometry: Geometry) -> npt.NDArra
     if np.array_equal(at, np.arange(len(stack))):
         return stack
     below = np.minimum(at.astype(int), len(stack) - 2)
-    out = np.empty(geometry.shape, np.float32)
+    out = np.empty((len(at), *stack.shape[1:]), np.float32)
     for slot, (low, part) in enumerate(zip(below, (at - below).astype(np.float32), strict=True)):
         out[slot] = stack[low] * (1 - part) + stack[low + 1] * part
     return out

@@ -179,6 +179,8 @@ class PixelFile:
     name: str
     size: int
     mtime_ns: int
+    state: str
+    """Changes whenever the file does: its place on the disk, size and times."""
     syntax: Syntax
     data_start: int
     """Byte at which the data set begins, after the file meta group."""
@@ -351,7 +353,18 @@ def read_header(path: Path, name: str) -> Header | None:
         source = inflate(stream, name) if syntax.deflated else stream
         data, stop = _parse(source, syntax, name)
         offset = source.tell() + stop.header_bytes
-    file = PixelFile(path, name, stat.st_size, stat.st_mtime_ns, syntax, start, offset, stop.length)
+    state = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+    file = PixelFile(
+        path,
+        name,
+        stat.st_size,
+        stat.st_mtime_ns,
+        ":".join(map(str, state)),
+        syntax,
+        start,
+        offset,
+        stop.length,
+    )
     header = Header(file, data, stop.tag)
     # A bare data set was only a guess from eight bytes; without Modality it was a wrong one.
     return header if marked or header.fields.text("Modality") else None

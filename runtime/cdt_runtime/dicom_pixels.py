@@ -155,15 +155,31 @@ def _open_pixels(file: PixelFile) -> BinaryIO:
         return inflate(stream, file.name)
 
 
-def payloads(file: PixelFile, layout: PixelLayout) -> Iterator[bytes]:
-    """The bytes of each frame as they are stored, compressed or not; call it inside `quiet`."""
+def payloads(
+    file: PixelFile, layout: PixelLayout, buffer: bytearray | None = None
+) -> Iterator[bytes | memoryview]:
+    """The bytes of each frame as they are stored, compressed or not; call it inside `quiet`.
+
+    Args:
+        file: where they lie.
+        layout: of its frames.
+        buffer: takes each uncompressed frame in turn, in place of memory of its own; as large as a
+            frame at least.
+    """
     with reading(file.name), _open_pixels(file) as stream:
         stream.seek(file.offset)
         if not file.syntax.codec:
             for _ in range(layout.frames):
-                yield stream.read(layout.frame_bytes)
+                yield _read_frame(stream, layout.frame_bytes, buffer)
             return
         yield from _fragments(stream.read(), file, layout.frames)
+
+
+def _read_frame(stream: BinaryIO, size: int, buffer: bytearray | None) -> bytes | memoryview:
+    if buffer is None:
+        return stream.read(size)
+    room = memoryview(buffer)[:size]
+    return room[: stream.readinto(room)]  # type: ignore[attr-defined]
 
 
 def _fragments(data: bytes, file: PixelFile, frames: int) -> list[bytes]:
@@ -179,7 +195,12 @@ def _fragments(data: bytes, file: PixelFile, frames: int) -> list[bytes]:
     return found
 
 
-def frame_hu(payload: bytes, frame: Frame) -> npt.NDArray[np.float32]:
+def stored_values(payload: bytes | memoryview, frame: Frame) -> Array:
+    """Stored values of one frame, `(rows, columns)` integers; see `frame_hu`."""
+    return _stored(_cells(payload, frame), frame.layout)
+
+
+def frame_hu(payload: bytes | memoryview, frame: Frame) -> npt.NDArray[np.float32]:
     """One frame in HU.
 
     Args:
@@ -192,16 +213,8 @@ def frame_hu(payload: bytes, frame: Frame) -> npt.NDArray[np.float32]:
     Raises:
         SeriesError: the pixels are damaged or cut short.
     """
-    layout, native = frame.layout, not frame.file.syntax.codec
-    if native and len(payload) < layout.frame_bytes:
-        raise _damaged(frame.name, "the pixels are cut short")
-    order = "<" if frame.file.syntax.little_endian else ">"
-    width = layout.bits_allocated // 8
-    cells = np.frombuffer(payload, f"{order}u{width}") if native else _decode(payload, frame)
-    # The cast brings a codec's own type to the header's width and turns the byte order.
-    cells = cells.reshape(layout.rows, layout.columns).astype(f"u{width}", copy=False)
-    if native and layout.high_bit + 1 > layout.bits_stored:
-        cells = cells >> (layout.high_bit + 1 - layout.bits_stored)
+    layout = frame.layout
+    cells = _cells(payload, frame)
     stored = _stored(cells, layout)
     # float32 holds 24 bits exactly; wider values are scaled in float64.
     hu: Array = stored.astype(np.float32 if layout.bits_stored <= 24 else np.float64)
@@ -212,3 +225,18 @@ def frame_hu(payload: bytes, frame: Frame) -> npt.NDArray[np.float32]:
         hu[mask] = AIR_HU
     clamped: npt.NDArray[np.float32] = np.maximum(hu, AIR_HU, out=hu).astype(np.float32, copy=False)
     return clamped
+
+
+def _cells(payload: bytes | memoryview, frame: Frame) -> Array:
+    """What the file or the codec gives for one frame, in the header's width and this byte order."""
+    layout, native = frame.layout, not frame.file.syntax.codec
+    if native and len(payload) < layout.frame_bytes:
+        raise _damaged(frame.name, "the pixels are cut short")
+    order = "<" if frame.file.syntax.little_endian else ">"
+    width = layout.bits_allocated // 8
+    cells = np.frombuffer(payload, f"{order}u{width}") if native else _decode(bytes(payload), frame)
+    # The cast brings a codec's own type to the header's width and turns the byte order.
+    cells = cells.reshape(layout.rows, layout.columns).astype(f"u{width}", copy=False)
+    if native and layout.high_bit + 1 > layout.bits_stored:
+        cells = cells >> (layout.high_bit + 1 - layout.bits_stored)
+    return cells

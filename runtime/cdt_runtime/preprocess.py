@@ -110,14 +110,18 @@ class Preprocess:
         Raises:
             SeriesError: too few slices, or HU that are not finite.
         """
-        shape = volume.hu.shape
+        return self.ct_of_slices(volume.hu)
+
+    def ct_of_slices(self, hu: Float) -> Float:
+        """As `ct`, of slices `(D, H, W)` in HU, which may have been reduced in the plane before."""
+        shape = hu.shape
         if len(shape) != 3 or 0 in shape or shape[0] < self.min_slices:
             raise SeriesError(
                 f"volume of shape {shape}: expected (D, H, W) with {self.min_slices} or more slices"
             )
-        if not np.isfinite(volume.hu).all():
+        if not np.isfinite(hu).all():
             raise SeriesError("volume: some HU are not finite: mask them to -1024 first")
-        small = area_resize(volume.hu, (self.ct_depth, self.slice_size, self.slice_size))
+        small = area_resize(hu, (self.ct_depth, self.slice_size, self.slice_size))
         windows = [(small - low) * (2.0 / (high - low)) - 1.0 for low, high in self.hu_windows]
         return np.clip(np.stack(windows)[None], -1.0, 1.0).astype(np.float32)
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -147,21 +148,39 @@ def test_a_series_is_encoded_once(
     assert second.used.series == first.used.series
 
 
-def test_a_copy_of_the_series_is_the_same_and_a_changed_one_is_not(
+def test_a_hit_reads_no_pixel(
+    classifier: FewShotClassifier, ct: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(*_: object) -> None:
+        raise AssertionError("pixels are read")
+
+    first = classifier.context(ct)
+    monkeypatch.setattr("cdt_runtime.dicom_pixels.open_raw", read)
+    monkeypatch.setattr("cdt_runtime.ct.open_raw", read)
+    assert np.array_equal(classifier.context(ct).tokens, first.tokens)
+
+
+def test_a_changed_series_is_another_even_behind_the_old_time(
     classifier: FewShotClassifier, ct: Path, tmp_path: Path
 ) -> None:
-    classifier.context(ct)
     copy = Path(shutil.copytree(ct, tmp_path / "copy"))
-    again = classifier.context(copy)
-    assert again.used is not None
-    assert again.used.cache_hit
+    assert not hit(classifier, copy)
+    assert hit(classifier, copy)
     changed = next(copy.glob("*.dcm"))
+    before = changed.stat()
     data = bytearray(changed.read_bytes())
     data[-2] ^= 1  # one pixel, by one
     changed.write_bytes(data)
-    other = classifier.context(copy)
-    assert other.used is not None
-    assert not other.used.cache_hit
+    os.utime(changed, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert changed.stat().st_mtime_ns == before.st_mtime_ns
+    assert not hit(classifier, copy)
+
+
+def hit(classifier: FewShotClassifier, ct: Path) -> bool:
+    """Whether the tokens of a series came from the cache."""
+    used = classifier.context(ct).used
+    assert used is not None
+    return used.cache_hit
 
 
 def test_a_volume_a_folder_and_arrays_give_the_same(

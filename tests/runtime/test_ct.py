@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from both_ways import read_series
 from dicom_maker import (
     COLUMNS,
     GAP,
@@ -31,7 +32,7 @@ from dicom_maker import (
 from pydicom import uid as uids
 from pydicom.sequence import Sequence
 
-from cdt_runtime.ct import load_volume, read_series, scan_series
+from cdt_runtime.ct import load_volume, scan_series
 from cdt_runtime.errors import MissingDependencyError, SeriesError
 
 AXES = [

@@ -13,7 +13,7 @@ from dicom_maker import data_set, enhanced, every, save, without, write_series
 from pydicom import uid as uids
 
 from cdt_runtime import ct_folder, ct_walk
-from cdt_runtime.ct import load_volume, read_series, scan_series
+from cdt_runtime.ct import load_reduced, load_volume, read_series, scan_series
 from cdt_runtime.ct_folder import holds_dicom
 from cdt_runtime.errors import SeriesError
 
@@ -118,16 +118,14 @@ class TestTheSystemRefuses:
 
             def seek(self, _: int) -> None: ...
 
-            def read(self, _: int = -1) -> bytes:
+            def readinto(self, _: memoryview) -> int:
                 raise OSError(5, "Input/output error")
 
         says = r"^file \d of 8 \(00\d\.dcm\) can't be read \(Input/output error\): check"
         monkeypatch.setattr("cdt_runtime.dicom_pixels.open_raw", lambda file: FailingDisk())
-        with pytest.raises(SeriesError, match=says):
-            load_volume(series)
-        monkeypatch.setattr("cdt_runtime.ct.open_raw", lambda file: FailingDisk())
-        with pytest.raises(SeriesError, match=says):
-            scan_series(tmp_path)
+        for load in (load_volume, lambda found: load_reduced(found, 4)):
+            with pytest.raises(SeriesError, match=says):
+                load(series)
 
 
 @pytest.fixture

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pydicom
 import pytest
+from both_ways import read_series
 
-from cdt_runtime.ct import Volume, read_series, scan_series
+from cdt_runtime.ct import Volume, scan_series
 from cdt_runtime.errors import SeriesError
 
 sitk = pytest.importorskip("SimpleITK")

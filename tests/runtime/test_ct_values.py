@@ -9,6 +9,7 @@ from typing import Any
 import imagecodecs as codecs
 import numpy as np
 import pytest
+from both_ways import read_series
 from dicom_maker import (
     TRUTH,
     enhanced,
@@ -22,8 +23,6 @@ from dicom_maker import (
     write_series,
 )
 from pydicom import uid as uids
-
-from cdt_runtime.ct import read_series
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,29 @@
+"""Reads a series whole and reduced, and holds one against the other."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+
+from cdt_runtime.ct import Volume, load_reduced, load_volume, scan_series
+
+
+def read_series(folder: str | os.PathLike[str], **options: Any) -> Volume:
+    """As `cdt_runtime.ct.read_series`; fails where the reduced slices are not the area means."""
+    series = scan_series(folder, **options)
+    volume = load_volume(series)
+    rows, columns = volume.hu.shape[1:]
+    for side in (128, 100) if min(rows, columns) >= 128 else (2, 3):
+        expected = _shares(rows, side) @ volume.hu.astype(np.float64) @ _shares(columns, side).T
+        np.testing.assert_allclose(load_reduced(series, side), expected, rtol=0, atol=0.01)
+    return volume
+
+
+def _shares(count: int, side: int) -> np.ndarray:
+    """How much of each of `count` cells lies in each of `side` boxes, by the running integral."""
+    until = np.vstack([np.zeros(count), np.cumsum(np.eye(count), axis=0)])
+    edges = np.linspace(0, count, side + 1)
+    at_edges = [np.interp(edges, np.arange(count + 1), column) for column in until.T]
+    return np.diff(np.stack(at_edges, axis=1), axis=0) * (side / count)
