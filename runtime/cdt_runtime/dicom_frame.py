@@ -18,11 +18,11 @@ from typing import Any
 from cdt_runtime.dicom_header import (
     EXPORT_AGAIN,
     PIXEL_DATA,
-    UNDEFINED_LENGTH,
     Fields,
     Header,
     PixelFile,
 )
+from cdt_runtime.dicom_walk import UNDEFINED_LENGTH
 from cdt_runtime.errors import SeriesError
 from cdt_runtime.printable import counted
 

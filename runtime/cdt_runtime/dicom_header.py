@@ -1,8 +1,9 @@
 """One DICOM file -> what its header says, checked. No pixel is decoded here.
 
-pydicom splits the file into elements; everything that is used is then read through `Fields`, which
-turns a missing or bad value into one line that names the file and the attribute, never the value:
-header text can hold a patient's name, and pydicom's own warnings print it (see `dicom_quiet`).
+An ordinary file is walked over (`dicom_walk`), any other parsed by pydicom; everything that is used
+is then read through `Fields`, which turns a missing or bad value into one line that names the file
+and the attribute, never the value: header text can hold a patient's name, and pydicom's own
+warnings print it (see `dicom_quiet`).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from cdt_runtime.dicom_walk import LONG_VRS, PIXEL_TAGS, Unusual, walk
 from cdt_runtime.errors import SeriesError
 from cdt_runtime.printable import reason
 
@@ -28,10 +30,7 @@ MAX_INFLATED = 512 << 20
 HEAD_BYTES = 132
 """The preamble and the DICM mark."""
 
-PIXEL_TAGS = frozenset({0x7FE00008, 0x7FE00009, 0x7FE00010})
 PIXEL_DATA = 0x7FE00010
-UNDEFINED_LENGTH = 0xFFFFFFFF
-LONG_VRS = frozenset({b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"UC", b"UN", b"UR", b"UT"})
 
 EXPORT_AGAIN = "export the series again from the archive"
 
@@ -302,6 +301,22 @@ def inflate(stream: BinaryIO, name: str) -> io.BytesIO:
     return io.BytesIO(data)
 
 
+def _data_set(
+    stream: BinaryIO, start: int, size: int, syntax: Syntax, name: str
+) -> tuple[Any, int | None, int, int]:
+    """What holds the attributes; tag, first byte and length of the pixels."""
+    if not syntax.implicit and syntax.little_endian and not syntax.deflated:
+        try:
+            found = walk(stream, start, size)
+        except Unusual:
+            stream.seek(start)
+        else:
+            return found, found.pixel_tag, found.pixel_offset, found.pixel_length
+    source = inflate(stream, name) if syntax.deflated else stream
+    data, stop = _parse(source, syntax, name)
+    return data, stop.tag, source.tell() + stop.header_bytes, stop.length
+
+
 def _parse(stream: BinaryIO, syntax: Syntax, name: str) -> tuple[Any, _AtPixels]:
     from pydicom.filereader import read_dataset
 
@@ -350,9 +365,7 @@ def read_header(path: Path, name: str) -> Header | None:
             stream.tell(),
             os.fstat(stream.fileno()),
         )
-        source = inflate(stream, name) if syntax.deflated else stream
-        data, stop = _parse(source, syntax, name)
-        offset = source.tell() + stop.header_bytes
+        data, tag, offset, length = _data_set(stream, start, stat.st_size, syntax, name)
     state = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
     file = PixelFile(
         path,
@@ -363,8 +376,8 @@ def read_header(path: Path, name: str) -> Header | None:
         syntax,
         start,
         offset,
-        stop.length,
+        length,
     )
-    header = Header(file, data, stop.tag)
+    header = Header(file, data, tag)
     # A bare data set was only a guess from eight bytes; without Modality it was a wrong one.
     return header if marked or header.fields.text("Modality") else None

@@ -1,18 +1,27 @@
-"""Reads a series whole and reduced, and holds one against the other."""
+"""Reads a series in both ways that there are, and holds one against the other."""
 
 from __future__ import annotations
 
 import os
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 
 from cdt_runtime.ct import Volume, load_reduced, load_volume, scan_series
+from cdt_runtime.dicom_walk import Unusual
 
 
 def read_series(folder: str | os.PathLike[str], **options: Any) -> Volume:
-    """As `cdt_runtime.ct.read_series`; fails where the reduced slices are not the area means."""
+    """As `cdt_runtime.ct.read_series`; fails where two ways differ.
+
+    Headers are walked over or parsed in full; slices are read whole or reduced to area means.
+    """
     series = scan_series(folder, **options)
+    with patch("cdt_runtime.dicom_header.walk", side_effect=Unusual):
+        parsed = scan_series(folder, **options)
+    assert repr(series.frames) == repr(parsed.frames)
+    assert (repr(series.geometry), series.warnings) == (repr(parsed.geometry), parsed.warnings)
     volume = load_volume(series)
     rows, columns = volume.hu.shape[1:]
     for side in (128, 100) if min(rows, columns) >= 128 else (2, 3):
