@@ -16,7 +16,7 @@ from cdt_runtime.prototypes import FACTS, TENSORS, Prototypes, fit_prototypes, s
 
 @pytest.fixture
 def classifier(bundle_dir: Path, cache_dir: Path) -> FewShotClassifier:
-    return FewShotClassifier.open(bundle_dir)
+    return FewShotClassifier.open(bundle_dir, precision="fp32")
 
 
 @pytest.fixture
@@ -59,7 +59,9 @@ def test_without_a_gain_the_ct_changes_nothing_and_its_change_is_shown(
     classifier: FewShotClassifier, bundle_dir: Path, tiles: list[Path], ct: Path
 ) -> None:
     alone = classifier.predict(tiles)
-    on = resting_on_ct(FewShotClassifier.open(bundle_dir), True).predict(tiles, ct)
+    on = resting_on_ct(FewShotClassifier.open(bundle_dir, precision="fp32"), True).predict(
+        tiles, ct
+    )
     off = resting_on_ct(classifier, False).predict(tiles, ct)
     for tile, with_ct, found in zip(alone, on, off, strict=True):
         assert (tile.ct, tile.ct_change) == (None, None)
@@ -140,7 +142,7 @@ def test_a_series_is_encoded_once(
     classifier: FewShotClassifier, bundle_dir: Path, tiles: list[Path], ct: Path
 ) -> None:
     first = classifier.context(ct)
-    second = FewShotClassifier.open(bundle_dir).context(ct)
+    second = FewShotClassifier.open(bundle_dir, precision="fp32").context(ct)
     assert first.used is not None
     assert second.used is not None
     assert (first.used.cache_hit, second.used.cache_hit) == (False, True)

@@ -64,7 +64,7 @@ def test_the_table_of_the_bundle_is_that_of_the_model(
 def test_it_embeds_as_the_classifier_does(
     bundle_dir: Path, cache_dir: Path, phantom_dir: Path
 ) -> None:
-    classifier = FewShotClassifier.open(bundle_dir)
+    classifier = FewShotClassifier.open(bundle_dir, backend="onnxruntime")
     files = sorted((phantom_dir / "new_patient").glob("*.tif"))
     tiles = np.stack([classifier.read(file).array for file in files])
     tiles = np.concatenate([tiles] * 7)[:37]  # more than one batch
