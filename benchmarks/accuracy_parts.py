@@ -124,7 +124,9 @@ def shape3d(bench: Any) -> dict[str, Any]:
     bench.train(
         "compare",
         bench.data / "shape3d" / "adrenalmnist3d_64_trainval.npz",
-        *("--layout", "medmnist", "--ssl", "--output-dir", bench.work / "model"),
+        *("--layout", "medmnist", "--image-size", "32", "--tta", "--epochs", "12"),
+        *("--learning-rate", "3e-3", "--ema-decay", "0.98", "--ssl", "--ssl-epochs", "8"),
+        *("--output-dir", bench.work / "model"),
     )
     found: dict[str, Any] = json.loads((bench.work / "model" / "compare.json").read_text("utf-8"))
     return found

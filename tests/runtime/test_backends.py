@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from cdt_runtime import proof
-from cdt_runtime.backends import BACKENDS, open_session, ort, ov
+from cdt_runtime.backends import BACKENDS, open_session, ort, ort_cuda, ov
 from cdt_runtime.bundle import Bundle
 from cdt_runtime.classifier import FewShotClassifier
 from cdt_runtime.errors import BackendError, ParityError
@@ -64,6 +64,70 @@ def test_an_answer_is_not_changed_by_the_next_one(bundle: Bundle, backend: str) 
     second = session.run({"tile": tiles[1:2]})["tile_tokens"]
     assert np.array_equal(first, kept)
     assert not np.array_equal(first, second)
+
+
+def random_inputs(batch: int, bundle: Bundle) -> dict[str, Any]:
+    graph = bundle.manifest["graphs"]["tile_classifier"]["inputs"]
+    rng, found = np.random.default_rng(batch), {}
+    for name, entry in graph.items():
+        free = {"batch": batch, "classes": 2}
+        shape = [free.get(size, size) for size in entry["shape"]]
+        values = rng.random(shape) * (255 if entry["dtype"] == "uint8" else 1)
+        found[name] = values.astype(entry["dtype"])
+    return found
+
+
+@pytest.fixture
+def bound(bundle: Bundle) -> ort_cuda.CudaSession:
+    """What the GPU runs, with its arrays on the CPU."""
+    return ort_cuda.CudaSession(bundle.read("tile_classifier.onnx"), "fp32", ort.CPU)
+
+
+def test_batches_are_filled_up_and_cut_back(bundle: Bundle, bound: ort_cuda.CudaSession) -> None:
+    plain = open_session("onnxruntime", bundle.read("tile_classifier.onnx"))
+    for batch in (1, 3, 4, 3, 2):
+        inputs = random_inputs(batch, bundle)
+        found, expected = bound.run(inputs), plain.run(inputs)
+        assert set(found) == set(expected)
+        for name, values in expected.items():
+            assert found[name].shape == values.shape
+            assert np.allclose(found[name], values, atol=1e-4)
+    assert [*bound._fixed] == [(1, 2), (4, 2), (2, 2)]
+
+
+def test_what_stays_on_the_device_is_renewed_when_it_changes(
+    bundle: Bundle, bound: ort_cuda.CudaSession
+) -> None:
+    inputs = random_inputs(2, bundle)
+    first = bound.run(inputs)
+    inputs["prototypes"] *= -1  # in place: the same array
+    second = bound.run(inputs)
+    assert np.array_equal(first["embedding"], second["embedding"])
+    assert np.abs(first["distances"] - second["distances"]).max() > 0.1
+
+
+def test_sessions_of_rare_sizes_make_room(
+    bundle: Bundle, bound: ort_cuda.CudaSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ort_cuda, "KEPT", 2)
+    for batch in (1, 2, 1, 4):
+        bound.run(random_inputs(batch, bundle))
+    assert [*bound._fixed] == [(1, 2), (4, 2)]
+
+
+def test_arrays_that_do_not_fit_are_refused(bundle: Bundle, bound: ort_cuda.CudaSession) -> None:
+    inputs = random_inputs(2, bundle)
+    for name, wrong in (
+        ("tile", inputs["tile"][:, :2]),
+        ("tile", inputs["tile"][0]),
+        ("tile", inputs["tile"][:0]),
+        ("prototypes", inputs["prototypes"][:, 1:]),
+    ):
+        with pytest.raises(BackendError, match=rf"input {name}: expected \[.*\], found \["):
+            bound.run({**inputs, name: wrong})
+    del inputs["scale"]
+    with pytest.raises(BackendError, match=r"input scale: expected \[1\], found \[\]"):
+        bound.run(inputs)
 
 
 def test_an_unknown_backend_is_said(bundle_dir: Path) -> None:

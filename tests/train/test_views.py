@@ -38,6 +38,8 @@ def test_statistics_tell_size_and_thickness_but_not_orientation() -> None:
     torch.testing.assert_close(found[2], found[3], atol=1e-3, rtol=0)
     torch.testing.assert_close(found[2], found[4], atol=1e-3, rtol=0)
     assert found.mean(dim=0).abs().max() < 1e-5
+    with torch.autocast("cpu", torch.bfloat16):  # as training on a GPU computes
+        assert torch.equal(shape_statistics(volumes), found)
 
 
 def test_spreads_are_those_of_the_voxels() -> None:

@@ -111,7 +111,11 @@ def shape_statistics(volumes: Tensor) -> Tensor:
         `(B, 6)`. Thickness is size over surface; the spreads are along the principal axes, so that
         no statistic changes where a shape is turned or mirrored.
     """
-    shapes = volumes.float().mean(dim=1)
+    with torch.autocast(volumes.device.type, enabled=False):  # half of it has no eigenvalues
+        return _shape_statistics(volumes.float().mean(dim=1))
+
+
+def _shape_statistics(shapes: Tensor) -> Tensor:
     size = shapes.sum(dim=(1, 2, 3)).clamp_min(1e-3)
     surface = torch.stack(
         [shapes.diff(dim=axis).abs().sum(dim=(1, 2, 3)) for axis in (1, 2, 3)]

@@ -1,4 +1,4 @@
-"""ONNX Runtime on the CPU, and on an NVIDIA GPU through its CUDA provider."""
+"""ONNX Runtime on the CPU, and what its providers have in common."""
 
 from __future__ import annotations
 
@@ -13,6 +13,11 @@ from numpy.typing import NDArray
 from cdt_runtime.backends.session import Precision, first_line
 from cdt_runtime.errors import BackendError
 
+CPU = "CPUExecutionProvider"
+CURE = (
+    ": check the GPU and its driver and pip install 'cdt-edge[gpu]', or use --backend onnxruntime"
+)
+
 PACKAGES = ("onnxruntime-gpu", "onnxruntime")
 """Distributions that provide it; never both."""
 
@@ -21,37 +26,19 @@ DRIVERS = ("/dev/nvidiactl", "/dev/nvhost-gpu")
 
 
 class OrtSession:
-    """A graph in ONNX Runtime on exactly one execution provider.
+    """A graph on the CPU.
 
     Args:
         graph: bytes of a single-file ONNX model.
-        provider: the execution provider; another one is never used in its place.
-        **settings: of the provider.
     """
 
-    def __init__(self, graph: bytes, provider: str, **settings: str) -> None:
+    half = False
+
+    def __init__(self, graph: bytes) -> None:
         import onnxruntime as ort
 
-        options = ort.SessionOptions()
-        options.log_severity_level = 4
-        ort.set_default_logger_severity(4)  # what goes wrong is in the exception, in one line
-        # Spinning threads double the time where other work shares the cores.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        if provider != "CPUExecutionProvider":
-            options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-        try:
-            self._session = ort.InferenceSession(graph, options, providers=[(provider, settings)])
-        except Exception as error:  # ONNX Runtime raises a bare class of its own for each status
-            raise BackendError(
-                f"{provider}: can't load the graph: {_reason(error)}{_cure(provider)}"
-            ) from error
-        actual = self._session.get_providers()[0]
-        if actual != provider:
-            raise BackendError(
-                f"{provider} was asked for, ONNX Runtime gives {actual}{_cure(provider)}"
-            )
-        self.engine = f"onnxruntime {ort.__version__} {actual}"
-        self.half = False
+        self._session = load(graph, CPU)
+        self.engine = f"onnxruntime {ort.__version__} {CPU}"
         self._names = [output.name for output in self._session.get_outputs()]
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
@@ -62,30 +49,63 @@ class OrtSession:
         """
         try:
             outputs = self._session.run(self._names, dict(inputs))
-        except Exception as error:  # as above
+        except Exception as error:  # ONNX Runtime raises a bare class of its own for each status
             raise BackendError(f"{self.engine}: {first_line(error)}") from error
         return dict(zip(self._names, outputs, strict=True))
 
 
 def cpu(graph: bytes, precision: Precision) -> OrtSession:
     """Load a graph on the CPU, where it computes in the graph's own precision."""
-    return OrtSession(graph, "CPUExecutionProvider")
+    return OrtSession(graph)
 
 
-def cuda(graph: bytes, precision: Precision) -> OrtSession:
-    """Load a graph on the first NVIDIA GPU; float32 may be rounded to TF32 unless forbidden.
+def load(
+    graph: bytes,
+    provider: str,
+    settings: Mapping[str, str] | None = None,
+    sizes: Mapping[str, int] | None = None,
+) -> Any:
+    """Open ONNX Runtime's session of a graph on exactly one execution provider.
+
+    Args:
+        graph: bytes of a single-file ONNX model.
+        provider: the execution provider; another one is never used in its place.
+        settings: of the provider.
+        sizes: of free dimensions, by name; the others stay free.
 
     Raises:
-        BackendError: there is no usable GPU; the CPU never stands in.
+        BackendError: the provider can't run the graph here.
     """
     import onnxruntime as ort
 
-    if "CUDAExecutionProvider" not in ort.get_available_providers():
-        raise BackendError(f"backend 'cuda': this ONNX Runtime has no CUDA provider{_cure('CUDA')}")
-    rounded = precision == "auto"
-    session = OrtSession(graph, "CUDAExecutionProvider", use_tf32=str(int(rounded)))
-    session.half = rounded
+    cure = "" if provider == CPU else CURE
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    ort.set_default_logger_severity(4)  # what goes wrong is in the exception, in one line
+    # Spinning threads double the time where other work shares the cores.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    for name, size in (sizes or {}).items():
+        options.add_free_dimension_override_by_name(name, size)
+    if provider != CPU:
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    try:
+        session = ort.InferenceSession(graph, options, providers=[(provider, dict(settings or {}))])
+    except Exception as error:  # as above
+        raise BackendError(f"{provider}: can't load the graph: {_reason(error)}{cure}") from error
+    actual = session.get_providers()[0]
+    if actual != provider:
+        raise BackendError(f"{provider} was asked for, ONNX Runtime gives {actual}{cure}")
     return session
+
+
+def input_shapes(graph: bytes) -> dict[str, tuple[int | str, ...]]:
+    """Read the shape of each input; a free dimension is given by its name."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = ort.InferenceSession(graph, options, providers=[CPU])
+    return {one.name: tuple(one.shape) for one in session.get_inputs()}
 
 
 def gpu_present() -> bool:
@@ -95,15 +115,6 @@ def gpu_present() -> bool:
 
         return find_library("nvcuda") is not None
     return any(os.path.exists(path) for path in DRIVERS) and find_spec("onnxruntime") is not None
-
-
-def _cure(provider: str) -> str:
-    if provider == "CPUExecutionProvider":
-        return ""
-    return (
-        ": check the GPU and its driver and pip install 'cdt-edge[gpu]', or use "
-        "--backend onnxruntime"
-    )
 
 
 def _reason(error: Exception) -> str:

@@ -1,0 +1,182 @@
+"""ONNX Runtime on an NVIDIA GPU.
+
+Every size of batch gets a session of its own with fixed shapes, whose arrays live on the device and
+whose kernels are replayed as one CUDA graph. What does not change from call to call, such as a CT's
+tokens and the prototypes, stays there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cdt_runtime.backends.ort import CURE, input_shapes, load
+from cdt_runtime.backends.session import Precision, first_line
+from cdt_runtime.errors import BackendError
+
+PROVIDER = "CUDAExecutionProvider"
+BATCH = "batch"
+"""Name of the dimension that a call may choose freely."""
+
+PROBE = {BATCH: 1, "classes": 2}
+"""Sizes of the session that is opened first: it tells whether the GPU can be used at all."""
+
+KEPT = 8
+"""Sessions that are kept a graph; the one that was unused for longest makes room."""
+
+_TYPES = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(uint8)": np.uint8,
+    "tensor(int64)": np.int64,
+}
+
+
+class CudaSession:
+    """A graph on the first NVIDIA GPU.
+
+    Args:
+        graph: bytes of a single-file ONNX model.
+        precision: `auto` lets float32 be rounded to TF32, `fp32` does not.
+        provider: what runs it; another one is never used in its place.
+
+    Raises:
+        BackendError: there is no usable GPU; the CPU never stands in.
+    """
+
+    def __init__(self, graph: bytes, precision: Precision, provider: str = PROVIDER) -> None:
+        self._graph, self._provider = graph, provider
+        self.half = precision == "auto"
+        self._settings: dict[str, str] = {}
+        if provider == PROVIDER:
+            # An exhaustive search of kernels would cost more at the start than it saves.
+            self._settings = {
+                "use_tf32": str(int(self.half)),
+                "enable_cuda_graph": "1",
+                "cudnn_conv_algo_search": "HEURISTIC",
+            }
+        self._symbols = input_shapes(graph)
+        free = [d for one in self._symbols.values() for d in one if isinstance(d, str)]
+        sizes = {name: PROBE[name] for name in dict.fromkeys(free)}
+        self._fixed = {tuple(sizes.values()): self._open(sizes)}
+        self.engine = next(iter(self._fixed.values())).engine
+
+    def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Run the graph; a batch is filled up to the next power of two.
+
+        Raises:
+            BackendError: the engine refused the inputs or ran out of memory.
+        """
+        sizes = self._sizes(inputs)
+        count = sizes.get(BATCH, 1)
+        if BATCH in sizes:
+            sizes[BATCH] = 1 << (count - 1).bit_length()
+        key = tuple(sizes.values())
+        fixed = self._fixed.pop(key, None) or self._open(sizes)
+        self._fixed[key] = fixed  # the newest is last
+        while len(self._fixed) > KEPT:
+            del self._fixed[next(iter(self._fixed))]
+        try:
+            return fixed.run(inputs, count)
+        except RuntimeError as error:
+            raise BackendError(f"{self.engine}: {first_line(error)}") from error
+
+    def _sizes(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, int]:
+        """The sizes that this call gives the free dimensions.
+
+        Raises:
+            BackendError: two inputs disagree, or one is missing, empty or of another rank.
+        """
+        sizes: dict[str, int] = {}
+        for name, symbols in self._symbols.items():
+            shape = inputs[name].shape if name in inputs else ()
+            fits = len(shape) == len(symbols) and all(
+                0 < size == (symbol if isinstance(symbol, int) else sizes.setdefault(symbol, size))
+                for size, symbol in zip(shape, symbols, strict=True)
+            )
+            if not fits:
+                raise BackendError(
+                    f"{self.engine}: input {name}: expected {list(symbols)}, found {list(shape)}"
+                )
+        return sizes
+
+    def _open(self, sizes: Mapping[str, int]) -> _Fixed:
+        session = load(self._graph, self._provider, self._settings, sizes)
+        batched = [name for name, symbols in self._symbols.items() if BATCH in symbols]
+        return _Fixed(session, batched, "cuda" if self._provider == PROVIDER else "cpu")
+
+
+class _Fixed:
+    """A session of fixed shapes whose arrays live on the device.
+
+    Args:
+        session: of ONNX Runtime.
+        batched: the inputs that have a row for each item of the batch.
+        device: ONNX Runtime's name of where the arrays are.
+    """
+
+    def __init__(self, session: Any, batched: Sequence[str], device: str) -> None:
+        import onnxruntime as ort
+
+        self._session, self._binding = session, session.io_binding()
+        self.engine = f"onnxruntime {ort.__version__} {session.get_providers()[0]}"
+        self._values: dict[str, Any] = {}
+        self._names = [one.name for one in session.get_outputs()]
+        for one in session.get_inputs():
+            value = ort.OrtValue.ortvalue_from_shape_and_type(
+                one.shape, _TYPES[one.type], device, 0
+            )
+            self._binding.bind_ortvalue_input(one.name, value)
+            self._values[one.name] = value
+        for one in session.get_outputs():
+            value = ort.OrtValue.ortvalue_from_shape_and_type(
+                one.shape, _TYPES[one.type], device, 0
+            )
+            self._binding.bind_ortvalue_output(one.name, value)
+        self._batch = {
+            name: np.zeros(self._values[name].shape(), self._values[name].numpy().dtype)
+            for name in batched
+        }
+        self._held: dict[str, NDArray[Any]] = {}
+
+    def run(self, inputs: Mapping[str, NDArray[Any]], count: int) -> dict[str, NDArray[Any]]:
+        """Send what changed, run, and fetch the first `count` rows of each batched output."""
+        for name, value in self._values.items():
+            given = inputs[name]
+            if name in self._batch:
+                value.update_inplace(self._filled(name, given, count))
+            elif not np.array_equal(self._held.get(name, _NOTHING), given):
+                value.update_inplace(np.ascontiguousarray(given))
+                self._held[name] = given.copy()
+        self._session.run_with_iobinding(self._binding)
+        outputs = self._binding.copy_outputs_to_cpu()
+        return {
+            name: np.array(output[:count] if self._batch else output)
+            for name, output in zip(self._names, outputs, strict=True)
+        }
+
+    def _filled(self, name: str, given: NDArray[Any], count: int) -> NDArray[Any]:
+        rows = self._batch[name]
+        if len(rows) == count:
+            return np.ascontiguousarray(given)
+        rows[:count] = given
+        return rows
+
+
+_NOTHING = np.zeros(0)
+
+
+def cuda(graph: bytes, precision: Precision) -> CudaSession:
+    """Load a graph on the first NVIDIA GPU.
+
+    Raises:
+        BackendError: there is no usable GPU.
+    """
+    import onnxruntime as ort
+
+    if PROVIDER not in ort.get_available_providers():
+        raise BackendError(f"backend 'cuda': this ONNX Runtime has no CUDA provider{CURE}")
+    return CudaSession(graph, precision)
