@@ -56,3 +56,22 @@ def test_a_result_says_what_it_was_found_by(
     assert found["commands"] == ["cdt-train --config X"]
     assert (found["seconds"], found["figures"]) == (61, {"accuracy": 0.9})
     assert set(found["machine"]) == {"processor", "cores", "python", "packages"}
+
+
+def test_rounds_take_turns_and_ratios_go_by_pair(bench: ModuleType) -> None:
+    timing = importlib.import_module("timing")
+    calls: list[tuple[str, int]] = []
+    peers = {name: lambda n, name=name: calls.append((name, n)) for name in "ab"}
+    times = timing.interleaved(peers, 3, warmup=1)
+    assert calls[2:] == [("a", 0), ("b", 0), ("b", 1), ("a", 1), ("a", 2), ("b", 2)]
+    assert len(times["a"].wall) == 3
+    fast, slow = timing.Times([1.0, 2.0, 9.0]), timing.Times([2.0, 4.0, 9.0])
+    assert timing.ratio(slow, fast) == 2.0
+
+
+def test_percentiles_wait_for_enough_queries(bench: ModuleType) -> None:
+    timing = importlib.import_module("timing")
+    few = timing.Times([*map(float, range(63))], [0.0] * 63).facts()
+    many = timing.Times([*map(float, range(1000))], [0.0] * 1000).facts()
+    assert "p90" not in few
+    assert (many["p50"], many["p90"], many["p99"]) == (499.5, 900.0, 990.0)
