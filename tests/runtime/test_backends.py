@@ -122,12 +122,31 @@ def test_arrays_that_do_not_fit_are_refused(bundle: Bundle, bound: ort_cuda.Cuda
         ("tile", inputs["tile"][0]),
         ("tile", inputs["tile"][:0]),
         ("prototypes", inputs["prototypes"][:, 1:]),
+        ("prototypes", inputs["prototypes"].astype(np.float64)),
+        ("prototypes", inputs["prototypes"].view(np.int32)),
     ):
-        with pytest.raises(BackendError, match=rf"input {name}: expected \[.*\], found \["):
+        with pytest.raises(BackendError, match=rf"input {name}: expected .* \[.*\], found .* \["):
             bound.run({**inputs, name: wrong})
     del inputs["scale"]
-    with pytest.raises(BackendError, match=r"input scale: expected \[1\], found \[\]"):
+    with pytest.raises(BackendError, match="input scale is missing"):
         bound.run(inputs)
+
+
+def test_what_the_device_refuses_is_said_in_one_line(
+    bundle: Bundle, bound: ort_cuda.CudaSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from onnxruntime.capi.onnxruntime_pybind11_state import Fail  # no RuntimeError
+
+    def full(*_: Any) -> None:
+        raise Fail("out of memory\nat line 1")
+
+    bound.run(random_inputs(2, bundle))
+    monkeypatch.setattr(ort_cuda._Fixed, "run", full)
+    with pytest.raises(BackendError, match=r"CPUExecutionProvider: out of memory$"):
+        bound.run(random_inputs(2, bundle))
+    monkeypatch.setattr(ort_cuda, "_on_device", full)
+    with pytest.raises(BackendError, match="out of memory: check the GPU and its driver"):
+        bound.run(random_inputs(8, bundle))
 
 
 def test_an_unknown_backend_is_said(bundle_dir: Path) -> None:

@@ -111,7 +111,7 @@ def shape_statistics(volumes: Tensor) -> Tensor:
         `(B, 6)`. Thickness is size over surface; the spreads are along the principal axes, so that
         no statistic changes where a shape is turned or mirrored.
     """
-    with torch.autocast(volumes.device.type, enabled=False):  # half of it has no eigenvalues
+    with torch.autocast(volumes.device.type, enabled=False):  # no eigenvalues of bfloat16
         return _shape_statistics(volumes.float().mean(dim=1))
 
 

@@ -90,22 +90,12 @@ def load(
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     try:
         session = ort.InferenceSession(graph, options, providers=[(provider, dict(settings or {}))])
-    except Exception as error:  # as above
+    except Exception as error:  # as in `OrtSession.run`
         raise BackendError(f"{provider}: can't load the graph: {_reason(error)}{cure}") from error
     actual = session.get_providers()[0]
     if actual != provider:
         raise BackendError(f"{provider} was asked for, ONNX Runtime gives {actual}{cure}")
     return session
-
-
-def input_shapes(graph: bytes) -> dict[str, tuple[int | str, ...]]:
-    """Read the shape of each input; a free dimension is given by its name."""
-    import onnxruntime as ort
-
-    options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = ort.InferenceSession(graph, options, providers=[CPU])
-    return {one.name: tuple(one.shape) for one in session.get_inputs()}
 
 
 def gpu_present() -> bool:

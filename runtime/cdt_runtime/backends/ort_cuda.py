@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cdt_runtime.backends.ort import CURE, input_shapes, load
+from cdt_runtime.backends.ort import CPU, CURE, load
 from cdt_runtime.backends.session import Precision, first_line
 from cdt_runtime.errors import BackendError
 
@@ -58,7 +58,10 @@ class CudaSession:
                 "enable_cuda_graph": "1",
                 "cudnn_conv_algo_search": "HEURISTIC",
             }
-        self._symbols = input_shapes(graph)
+        # Once fixed, a dimension has lost its name: the free graph is asked, on the CPU.
+        inputs = load(graph, CPU).get_inputs()
+        self._symbols = {one.name: tuple(one.shape) for one in inputs}
+        self._types = {one.name: np.dtype(_TYPES[one.type]) for one in inputs}
         free = [d for one in self._symbols.values() for d in one if isinstance(d, str)]
         sizes = {name: PROBE[name] for name in dict.fromkeys(free)}
         self._fixed = {tuple(sizes.values()): self._open(sizes)}
@@ -81,32 +84,40 @@ class CudaSession:
             del self._fixed[next(iter(self._fixed))]
         try:
             return fixed.run(inputs, count)
-        except RuntimeError as error:
+        except Exception as error:  # as in `OrtSession.run`
             raise BackendError(f"{self.engine}: {first_line(error)}") from error
 
     def _sizes(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, int]:
         """The sizes that this call gives the free dimensions.
 
         Raises:
-            BackendError: two inputs disagree, or one is missing, empty or of another rank.
+            BackendError: two inputs disagree, or one is missing, empty or of another rank or type.
         """
         sizes: dict[str, int] = {}
         for name, symbols in self._symbols.items():
-            shape = inputs[name].shape if name in inputs else ()
-            fits = len(shape) == len(symbols) and all(
+            if name not in inputs:
+                raise BackendError(f"{self.engine}: input {name} is missing")
+            given, kind = inputs[name], self._types[name]
+            fits = len(given.shape) == len(symbols) and all(
                 0 < size == (symbol if isinstance(symbol, int) else sizes.setdefault(symbol, size))
-                for size, symbol in zip(shape, symbols, strict=True)
+                for size, symbol in zip(given.shape, symbols, strict=True)
             )
-            if not fits:
+            # The device takes bytes as they are: another type would be read as this one.
+            if not fits or given.dtype != kind:
                 raise BackendError(
-                    f"{self.engine}: input {name}: expected {list(symbols)}, found {list(shape)}"
+                    f"{self.engine}: input {name}: expected {kind} {list(symbols)}, found "
+                    f"{given.dtype} {list(given.shape)}"
                 )
         return sizes
 
     def _open(self, sizes: Mapping[str, int]) -> _Fixed:
         session = load(self._graph, self._provider, self._settings, sizes)
         batched = [name for name, symbols in self._symbols.items() if BATCH in symbols]
-        return _Fixed(session, batched, "cuda" if self._provider == PROVIDER else "cpu")
+        device = "cuda" if self._provider == PROVIDER else "cpu"
+        try:
+            return _Fixed(session, batched, device)
+        except Exception as error:  # as in `OrtSession.run`
+            raise BackendError(f"{self._provider}: {first_line(error)}{CURE}") from error
 
 
 class _Fixed:
@@ -123,22 +134,15 @@ class _Fixed:
 
         self._session, self._binding = session, session.io_binding()
         self.engine = f"onnxruntime {ort.__version__} {session.get_providers()[0]}"
-        self._values: dict[str, Any] = {}
         self._names = [one.name for one in session.get_outputs()]
-        for one in session.get_inputs():
-            value = ort.OrtValue.ortvalue_from_shape_and_type(
-                one.shape, _TYPES[one.type], device, 0
-            )
-            self._binding.bind_ortvalue_input(one.name, value)
-            self._values[one.name] = value
+        inputs = session.get_inputs()
+        self._values = {one.name: _on_device(one, device) for one in inputs}
+        for name, value in self._values.items():
+            self._binding.bind_ortvalue_input(name, value)
         for one in session.get_outputs():
-            value = ort.OrtValue.ortvalue_from_shape_and_type(
-                one.shape, _TYPES[one.type], device, 0
-            )
-            self._binding.bind_ortvalue_output(one.name, value)
+            self._binding.bind_ortvalue_output(one.name, _on_device(one, device))
         self._batch = {
-            name: np.zeros(self._values[name].shape(), self._values[name].numpy().dtype)
-            for name in batched
+            one.name: np.zeros(one.shape, _TYPES[one.type]) for one in inputs if one.name in batched
         }
         self._held: dict[str, NDArray[Any]] = {}
 
@@ -167,6 +171,14 @@ class _Fixed:
 
 
 _NOTHING = np.zeros(0)
+
+
+def _on_device(argument: Any, device: str) -> Any:
+    """An array of the shape and type of a session's input or output."""
+    import onnxruntime as ort
+
+    kind = _TYPES[argument.type]
+    return ort.OrtValue.ortvalue_from_shape_and_type(argument.shape, kind, device, 0)
 
 
 def cuda(graph: bytes, precision: Precision) -> CudaSession:
