@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -20,7 +21,7 @@ import click
 import latency_parts
 import latency_report
 import numpy as np
-from records import RESULTS, ROOT, write_result
+from records import RESULTS, ROOT, machine, write_result
 
 SCENARIOS = {
     "engines": latency_parts.engines,
@@ -37,20 +38,19 @@ TOUCHED = (
 """A model that has seen next to nothing: speed does not hang on weights."""
 
 
-def prepare(work: Path, checkpoint: Path | None, quick: bool) -> latency_parts.Subject:
+def prepare(work: Path, quick: bool) -> latency_parts.Subject:
     """Make the model, its bundle, the tiles and a CT series, or take up those made before."""
-    model = work / "model"
-    if not (model / "best_model.pt").is_file():
+    model, bundle, ct = (work / name for name in ("model", "bundle", "ct"))
+    checkpoint = model / "best_model.pt"
+    if not checkpoint.is_file():
         _run("cdt_train.cli", "--kshot", "5", "--output-dir", model, *TOUCHED)
-    chosen = checkpoint or model / "best_model.pt"
-    bundle = work / (checkpoint.resolve().parent.name if checkpoint else "bundle")
     if not (bundle / "bundle.json").is_file():
-        _run("cdt_export.cli", "--checkpoint", chosen, "--output", bundle, "--fp16")
-    ct = work / "ct"
+        _run("cdt_export.cli", "--checkpoint", checkpoint, "--output", bundle, "--fp16")
     if not ct.is_dir():
         _write_series(ct)
     patient = model / "phantom_data" / "new_patient"
-    return latency_parts.Subject(chosen, bundle, ct, tuple(sorted(patient.glob("*.tif"))), quick)
+    tiles = tuple(sorted(patient.glob("*.tif")))
+    return latency_parts.Subject(checkpoint, bundle, ct, tiles, quick)
 
 
 def _run(module: str, *words: str | Path) -> None:
@@ -70,7 +70,7 @@ def _write_series(folder: Path) -> None:
     hu = coarse.repeat(16, axis=1).repeat(16, axis=2)
     hu += rng.integers(-20, 20, hu.shape, dtype=np.int16)
     started = folder.with_name("ct.partial")
-    subprocess.run(["rm", "-rf", started], check=True)
+    shutil.rmtree(started, ignore_errors=True)  # of a run that was stopped
     write_series(started, hu, 0.7, "LATENCY", 0)
     started.rename(folder)
 
@@ -83,7 +83,7 @@ def _write_series(folder: Path) -> None:
     "--work",
     type=click.Path(file_okay=False, path_type=Path),
     default=ROOT / "models" / "latency",
-    help="Where model, bundle and CT go.  [default: models/latency]",
+    help="Where model, bundle and CT are made, once.  [default: models/latency]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON in place of the tables.")
 def main(scenarios: tuple[str, ...], quick: bool, name: str, work: Path, as_json: bool) -> None:
@@ -93,7 +93,9 @@ def main(scenarios: tuple[str, ...], quick: bool, name: str, work: Path, as_json
     work = work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     os.environ["CDT_CACHE"] = str(work / "cache")
-    subject = prepare(work, None, quick)
+    subject = prepare(work, quick)
+    if not as_json:
+        click.echo(latency_report.machine_text(machine()) + "\n")
     started = time.monotonic()
     found: dict[str, Any] = {}
     for scenario in scenarios or SCENARIOS:
@@ -120,7 +122,8 @@ def _apart(scenario: str, quick: bool, work: Path) -> Any:
 def _write(name: str, found: Mapping[str, Any], seconds: float, quick: bool) -> None:
     if quick or set(found) != {*SCENARIOS}:
         return  # only a whole run is kept
-    path = write_result(f"latency-{name}", ["python benchmarks/latency.py"], seconds, found)
+    command = f"python benchmarks/latency.py --name {name}"
+    path = write_result(f"latency-{name}", [command], seconds, found)
     latency_report.draw(found, RESULTS / f"latency-{name}.png")
     click.echo(f"written: {path} and its chart", err=True)
 

@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 import pydicom
-from latency_peers import REFERENCE, Peer, flops, graphs_of, peak_flops, peers_of
+from latency_peers import Peer, flops, graphs_of, peak_flops, peers_of
 from numpy.typing import NDArray
 from timing import Times, interleaved, ratio
 
-from cdt_runtime.backends import open_session
+from cdt_runtime.backends import Session, open_session
 from cdt_runtime.classifier import FewShotClassifier
 from cdt_runtime.ct import load_reduced, scan_series
 
@@ -91,7 +91,6 @@ def engines(subject: Subject) -> dict[str, Any]:
     found["peak_gflops"] = {n: value / 1e9 for n, value in peak_flops("cpu").items()}
     if any(name.endswith("GPU") for name in found["tile_classifier"]["peers"]):
         found["peak_gflops_gpu"] = {n: v / 1e9 for n, v in peak_flops("cuda").items()}
-    found["reference"] = REFERENCE
     return found
 
 
@@ -103,15 +102,16 @@ def single_stream(subject: Subject) -> dict[str, Any]:
     prepared = [classifier.read(tile) for tile in tiles]
     classifier.predict(tiles[:1], context)
     inputs = [_tile_inputs(classifier, context, tile.array[None]) for tile in prepared]
+    session = _session(classifier, "tile_classifier")
     times = interleaved(
         {
             "end to end": lambda n: classifier.predict([tiles[n % len(tiles)]], context),
             "read": lambda n: classifier.read(tiles[n % len(tiles)]),
-            "engine": lambda n: classifier._classify.run(inputs[n % len(tiles)]),
+            "engine": lambda n: session.run(inputs[n % len(tiles)]),
         },
         subject.rounds(700, 70),
     )
-    calls = 2 if classifier.prototypes.ct_off else 1  # the second tells what the CT would change
+    calls = _calls(classifier)
     parts = times["read"].p50 + calls * times["engine"].p50
     return {
         "on": classifier.engine,
@@ -131,12 +131,11 @@ def offline(subject: Subject) -> dict[str, Any]:
     batch = np.stack([classifier.read(tile).array for tile in files[:BATCH]])
     inputs = _tile_inputs(classifier, context, batch)
     classifier.predict(files[:BATCH], context)
-
-    calls = 2 if classifier.prototypes.ct_off else 1
+    session = _session(classifier, "tile_classifier")
 
     def engine(_: int) -> None:
-        for _ in range(calls * count // BATCH):
-            classifier._classify.run(inputs)
+        for _ in range(_calls(classifier) * count // BATCH):
+            session.run(inputs)
 
     times = interleaved(
         {
@@ -168,9 +167,7 @@ def ct_series(subject: Subject) -> dict[str, Any]:
     files = sorted(path for path in subject.ct.rglob("*") if path.is_file())
     series = scan_series(subject.ct)
     volume = classifier.preprocess.ct_of_slices(load_reduced(series, side))
-    session = open_session(
-        classifier.backend, classifier.bundle.read("ct_encoder.onnx"), classifier.precision
-    )
+    session = _session(classifier, "ct_encoder")
 
     def to_input(_: int) -> NDArray[Any]:
         return classifier.preprocess.ct_of_slices(load_reduced(scan_series(subject.ct), side))
@@ -219,7 +216,6 @@ def cold_start(subject: Subject) -> dict[str, Any]:
             took, peak = _process(line, work / "cache")
             if turn:
                 times[name].wall.append(took)
-                times[name].cpu.append(took)
                 memory[name] = max(memory[name], peak)
     return {
         "on": classifier.engine,
@@ -249,7 +245,18 @@ def _process(line: Sequence[str], cache: Path) -> tuple[float, float]:
 def _chosen(classifier: FewShotClassifier) -> str:
     """The name of the peer that the classifier runs on."""
     exact = classifier.precision == "fp32" and classifier.backend != "onnxruntime"
-    return f"{classifier.backend} fp32" if exact else classifier.backend
+    return f"{classifier.backend} {'fp32' if exact else 'auto'}"
+
+
+def _session(classifier: FewShotClassifier, graph: str) -> Session:
+    """A graph alone, in the engine that the classifier runs on."""
+    onnx = classifier.bundle.read(f"{graph}.onnx")
+    return open_session(classifier.backend, onnx, classifier.precision)
+
+
+def _calls(classifier: FewShotClassifier) -> int:
+    """Engine calls a batch: a second one tells what the CT would change where it is off."""
+    return 2 if classifier.prototypes.ct_off else 1
 
 
 def _call(peer: Peer, rotated: Sequence[dict[str, NDArray[Any]]]) -> Callable[[int], Any]:

@@ -60,9 +60,9 @@ def peers_of(graph: Graph, onnx: bytes, inputs: Arrays, *, full: bool) -> dict[s
         openers["ONNX Runtime, CUDA defaults"] = lambda: _defaults(onnx, "CUDAExecutionProvider")
     for name, backend in BACKENDS.items():
         if backend.present():
-            openers[name] = lambda name=name: _ours(name, onnx, "auto")
+            openers[f"{name} auto"] = lambda name=name: _ours(name, onnx, "auto")
             openers[f"{name} fp32"] = lambda name=name: _ours(name, onnx, "fp32")
-    openers.pop("onnxruntime fp32")  # it knows no other precision
+    openers.pop("onnxruntime fp32")  # on a CPU it computes in the graph's own precision
     found: dict[str, Peer | str] = {}
     for name, opener in openers.items():
         found[name] = _opened(opener, inputs)

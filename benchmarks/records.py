@@ -8,14 +8,14 @@ import os
 import platform
 import re
 from collections.abc import Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
-PACKAGES = ("torch", "numpy", "scikit-learn", "onnxruntime-gpu")
+PACKAGES = ("torch", "numpy", "scikit-learn", "onnxruntime-gpu", "openvino")
 
 
 def machine() -> dict[str, Any]:
@@ -26,8 +26,15 @@ def machine() -> dict[str, Any]:
         "processor": model[1] if model else platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
-        "packages": {name: version(name) for name in PACKAGES},
+        "packages": {name: found for name in PACKAGES if (found := _version(name))},
     }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 def write_result(name: str, commands: Sequence[str], seconds: float, figures: Any) -> Path:

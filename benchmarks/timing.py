@@ -18,7 +18,7 @@ class Times:
 
     Attributes:
         wall: milliseconds of each.
-        cpu: milliseconds of all threads, of each.
+        cpu: milliseconds of all threads of this process, of each; empty for other processes.
     """
 
     wall: list[float] = field(default_factory=list)
@@ -39,8 +39,9 @@ class Times:
             "n": len(ordered),
             "min": ordered[0],
             "p50": statistics.median(ordered),
-            "cpu_p50": statistics.median(self.cpu),
         }
+        if self.cpu:
+            found["cpu_p50"] = statistics.median(self.cpu)
         for name, share, least in (("p90", 0.90, LEAST_P90), ("p99", 0.99, LEAST_P99)):
             if len(ordered) >= least:
                 found[name] = ordered[min(len(ordered) - 1, int(share * len(ordered)))]

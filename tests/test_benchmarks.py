@@ -71,7 +71,28 @@ def test_rounds_take_turns_and_ratios_go_by_pair(bench: ModuleType) -> None:
 
 def test_percentiles_wait_for_enough_queries(bench: ModuleType) -> None:
     timing = importlib.import_module("timing")
-    few = timing.Times([*map(float, range(63))], [0.0] * 63).facts()
-    many = timing.Times([*map(float, range(1000))], [0.0] * 1000).facts()
+    few = timing.Times([*map(float, range(63))]).facts()
+    many = timing.Times([*map(float, range(1000))]).facts()
     assert "p90" not in few
     assert (many["p50"], many["p90"], many["p99"]) == (499.5, 900.0, 990.0)
+
+
+def test_an_engine_with_another_answer_is_not_timed(
+    bench: ModuleType, trained_dir: Path, bundle_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import numpy as np
+
+    peers = importlib.import_module("latency_peers")
+    graph = peers.graphs_of(trained_dir / "best_model.pt")["ct_encoder"]
+    onnx = (bundle_dir / "ct_encoder.onnx").read_bytes()
+    inputs = {"ct": graph.inputs["ct"].numpy()}
+
+    def half(graph: bytes, provider: str) -> object:
+        run = peers.open_session("onnxruntime", graph).run
+        return lambda arrays: {name: np.float32(0.5) * v for name, v in run(arrays).items()}
+
+    monkeypatch.setattr(peers, "_defaults", half)
+    found = peers.peers_of(graph, onnx, inputs, full=False)
+    assert found["ONNX Runtime, defaults"].startswith("another answer: off by 0.5")
+    assert found["onnxruntime auto"].gap < 1e-3
+    assert peers.flops(graph, inputs) > 1e6
