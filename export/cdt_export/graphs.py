@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from cdt_export.inference import for_inference
 from cdt_runtime.preprocess import Preprocess
-from cdt_train.encoders.turned import for_inference
 from cdt_train.models.bridge import Bridge
 from cdt_train.models.prototypical import PrototypicalHead
 from cdt_train.models.transfer_model import TransferModel

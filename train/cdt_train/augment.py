@@ -51,11 +51,12 @@ class TileAugmentation:
         """Transform a batch.
 
         Args:
-            tiles: `(B, M, S, S)` of `shrink`, uint8 in 0 to 255 or float in 0 to 1.
-            generator: source of every random number.
+            tiles: `(B, M, S, S)` of `shrink`, uint8 in 0 to 255 or float in 0 to 1, on any device.
+            generator: source of every random number, on the CPU, so that the numbers are the same
+                on every device.
 
         Returns:
-            `(B, M, size, size)` float32, 0 to 1.
+            `(B, M, size, size)` float32, 0 to 1, where `tiles` are.
         """
         moved = _placed(unit_scale(tiles), self.size, self.min_crop, generator)
         stain = self._absorbing if self.rgb else _shining
@@ -64,7 +65,8 @@ class TileAugmentation:
             changed = _blurred(changed, self.blur, generator)
         if self.channel_dropout > 0:
             count, channels = changed.shape[:2]
-            changed = changed * _one_missing(count, channels, self.channel_dropout, generator)
+            hidden = _one_missing(count, channels, self.channel_dropout, generator)
+            changed = changed * hidden.to(changed.device)
         return changed
 
     def _absorbing(self, tiles: Tensor, generator: Generator) -> Tensor:
@@ -72,17 +74,18 @@ class TileAugmentation:
         count, channels = tiles.shape[:2]
         density = -torch.log(tiles.clamp_min(1.0 / 255.0))
         for shape in ((count, channels, 1, 1), (count, 1, 1, 1)):
-            density = density * (1 + self.stain_jitter * _symmetric(shape, generator))
+            jitter = self.stain_jitter * _symmetric(shape, generator)
+            density = density * (1 + jitter.to(density.device))
         if self.stain_mix > 0:
             drawn = torch.randn(count, channels, channels, generator=generator)
-            mixing = torch.eye(channels) + self.stain_mix * drawn
+            mixing = (torch.eye(channels) + self.stain_mix * drawn).to(density.device)
             density = torch.matmul(mixing, density.flatten(2)).view_as(density)
         stained = torch.exp(-density)
         middle = stained.mean(dim=(1, 2, 3), keepdim=True)
         contrast = 1 + 0.2 * _symmetric((count, 1, 1, 1), generator)
-        changed = (stained - middle) * contrast + middle
+        changed = (stained - middle) * contrast.to(stained.device) + middle
         if self.gray > 0:
-            chosen = torch.rand(count, 1, 1, 1, generator=generator) < self.gray
+            chosen = _happens(count, self.gray, generator).to(stained.device)
             changed = torch.where(chosen, changed.mean(dim=1, keepdim=True), changed)
         return changed
 
@@ -168,18 +171,20 @@ def _placed(tiles: Tensor, size: int, least: float, generator: Generator) -> Ten
     theta[:, 0, 0], theta[:, 0, 1] = side * cosine * mirror, -side * sine
     theta[:, 1, 0], theta[:, 1, 1] = side * sine * mirror, side * cosine
     theta[:, :, 2] = (1 - side)[:, None] * _symmetric((count, 2), generator)
-    grid = functional.affine_grid(theta, [count, tiles.shape[1], size, size], align_corners=False)
+    shape = [count, tiles.shape[1], size, size]
+    grid = functional.affine_grid(theta.to(tiles.device), shape, align_corners=False)
     return functional.grid_sample(tiles, grid, padding_mode="reflection", align_corners=False)
 
 
 def _shining(tiles: Tensor, generator: Generator) -> Tensor:
     count, channels = tiles.shape[:2]
     gain = torch.exp(0.2 * torch.randn(count, channels, 1, 1, generator=generator))
-    return tiles * gain + 0.01 * torch.randn(count, channels, 1, 1, generator=generator)
+    offset = 0.01 * torch.randn(count, channels, 1, 1, generator=generator)
+    return tiles * gain.to(tiles.device) + offset.to(tiles.device)
 
 
 def _blurred(tiles: Tensor, chance: float, generator: Generator) -> Tensor:
-    chosen = torch.rand(len(tiles), 1, 1, 1, generator=generator) < chance
+    chosen = _happens(len(tiles), chance, generator).to(tiles.device)
     padded = functional.pad(tiles, (1, 1, 1, 1), mode="reflect")
     return torch.where(chosen, functional.avg_pool2d(padded, 3, 1), tiles)
 
@@ -189,6 +194,11 @@ def _reduced(tiles: Tensor, side: int) -> Tensor:
         tiles.float(), size=(side, side), mode="bilinear", antialias=True, align_corners=False
     )
     return small.round().to(torch.uint8) if tiles.dtype == torch.uint8 else small
+
+
+def _happens(count: int, chance: float, generator: Generator) -> Tensor:
+    """Which tiles something happens to, `(count, 1, 1, 1)`."""
+    return torch.rand(count, 1, 1, 1, generator=generator) < chance
 
 
 def _symmetric(shape: tuple[int, ...], generator: Generator) -> Tensor:

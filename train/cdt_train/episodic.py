@@ -135,9 +135,9 @@ class EpisodicPhase:
 
     def _tokens(self, chosen: NDArray[np.int64], index: int) -> Tensor:
         generator = torch.Generator().manual_seed(step_seed(self._seed, index))
-        tiles = self._augmentation(self._tiles[torch.from_numpy(chosen)], generator)
-        placed = tiles.to(self._device, memory_format=torch.channels_last)
-        tokens: Tensor = self._model.path_encoder(placed)
+        drawn = self._tiles[torch.from_numpy(chosen)].to(self._device)
+        tiles = self._augmentation(drawn, generator).to(memory_format=torch.channels_last)
+        tokens: Tensor = self._model.path_encoder(tiles)
         return tokens
 
     def _draw_mode(self, rng: np.random.Generator) -> Mode:

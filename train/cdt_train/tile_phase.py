@@ -91,7 +91,8 @@ class TilePhase:
         generator = torch.Generator().manual_seed(step_seed(self._seed, index))
         views = 2 if self._view_weight > 0 else 1
         chosen = np.tile(self._draw(rng), views)
-        tiles = self._augmentation(self._tiles[torch.from_numpy(chosen)], generator)
+        drawn = self._tiles[torch.from_numpy(chosen)].to(self._device)
+        tiles = self._augmentation(drawn, generator)
         labels = torch.from_numpy(self._labels[chosen]).to(self._device)
         mixed = rng.random() < self._cutmix
         partners, kept = torch.arange(len(tiles)), 1.0
@@ -123,8 +124,7 @@ class TilePhase:
         return {"score": scores.accuracy, "val_accuracy": scores.accuracy, "val_loss": scores.nll}
 
     def _pooled(self, tiles: Tensor) -> Tensor:
-        placed = tiles.to(self._device, memory_format=torch.channels_last)
-        tokens: Tensor = self._model.path_encoder(placed)
+        tokens: Tensor = self._model.path_encoder(tiles.to(memory_format=torch.channels_last))
         return tokens.mean(dim=1)
 
     def _draw(self, rng: np.random.Generator) -> NDArray[np.int64]:

@@ -63,9 +63,9 @@ class ViewPhase:
         generator = torch.Generator().manual_seed(step_seed(self._seed, index))
         drawn = rng.permutation(len(self._groups))[: self._batch_size]
         chosen = torch.from_numpy(np.array([rng.choice(self._groups[place]) for place in drawn]))
-        views = self._augmentation(self._tiles[chosen.repeat(2)], generator)
-        placed = views.to(self._device, memory_format=torch.channels_last)
-        projected = self._projector(self._encoder(placed).mean(dim=1))
+        tiles = self._tiles[chosen.repeat(2)].to(self._device)
+        views = self._augmentation(tiles, generator).to(memory_format=torch.channels_last)
+        projected = self._projector(self._encoder(views).mean(dim=1))
         loss, accuracy = contrast(projected, VIEW_TEMPERATURE)
         self._losses.append(loss.item())
         return {"loss": loss, "view_contrast": loss, "view_accuracy": accuracy}
