@@ -19,6 +19,7 @@ from records import README, read_results, with_block, write_result
 
 PARTS = {
     "lung": accuracy_parts.lung,
+    "lung_seeds": accuracy_parts.lung_seeds,
     "few_labels": accuracy_parts.few_labels,
     "novel_class": accuracy_parts.novel_class,
     "control": accuracy_parts.control,
@@ -101,8 +102,8 @@ def renew_readme() -> None:
 )
 @click.option("--tables", is_flag=True, help="Only renew the README from the results at hand.")
 def main(parts: tuple[str, ...], data: Path, work: Path, tables: bool) -> None:
-    """Measure PARTs (all, if none is named): lung, few_labels, novel_class, control, ct_probe,
-    shape3d.
+    """Measure PARTs (all, if none is named): lung, lung_seeds, few_labels, novel_class, control,
+    ct_probe, shape3d.
     """
     for name in () if tables else parts or PARTS:
         bench, started = Bench(data.resolve(), work.resolve() / name), time.monotonic()

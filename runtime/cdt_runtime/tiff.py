@@ -56,14 +56,14 @@ def read_tiff(file: BinaryIO, wanted: int = 0) -> Raster:
     planes = layout(pages)
     for page in pages:
         check_samples(page)
-        _check_photometric(page)
-    named = _names(planes)
+        check_photometric(page)
+    named = channel_names(planes)
     if len(pages) == 1:
         samples = _one_page(pages[0], named, wanted)
     else:
         samples = _many_pages(pages, planes, named)
     page = pages[0]
-    mpp, notes = _mpp(page, planes)
+    mpp, notes = stated_mpp(page, planes)
     return Raster(
         pixels=turn(samples.pixels, page.ifd.one(274, 1)),
         names=samples.names,
@@ -98,7 +98,8 @@ def _image_pages(ifds: list[Ifd]) -> list[Page]:
     return pages
 
 
-def _check_photometric(page: Page) -> None:
+def check_photometric(page: Page) -> None:
+    """Refuse colours that have no fixed meaning, and damaged palettes."""
     code = page.photometric
     if code == 6 and page.compression == "JPEG":
         return
@@ -119,7 +120,7 @@ def _check_photometric(page: Page) -> None:
         raise TileError("is MINISWHITE with signed or float samples: no white level; convert it")
 
 
-def _names(planes: Layout) -> tuple[str, ...] | None:
+def channel_names(planes: Layout) -> tuple[str, ...] | None:
     """The channel names that the file gives; None where some only count."""
     names = tuple(
         printable(" ".join(name.split()), instead="", most=80) for name in planes.names or ()
@@ -229,7 +230,7 @@ def _claimed_bits(page: Page, planes: Layout, samples: _Samples) -> int:
     return bits
 
 
-def _mpp(page: Page, planes: Layout) -> tuple[float | None, tuple[str, ...]]:
+def stated_mpp(page: Page, planes: Layout) -> tuple[float | None, tuple[str, ...]]:
     """Microns a pixel from the metadata, else from the resolution tags."""
     if planes.mpp is not None:
         return plausible_mpp(*planes.mpp, coarsest=100.0)

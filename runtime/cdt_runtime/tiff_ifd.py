@@ -185,6 +185,7 @@ TAG_NAMES = {
     323: "TileLength",
     324: "TileOffsets",
     325: "TileByteCounts",
+    330: "SubIFDs",
     338: "ExtraSamples",
     339: "SampleFormat",
     347: "JPEGTables",
@@ -214,6 +215,19 @@ def scan(file: BinaryIO) -> list[Ifd]:
     if not pages:
         raise TileError(f"has a TIFF header but no image behind it: truncated; {_RE_SAVE}")
     return pages
+
+
+def sub_directories(ifd: Ifd) -> list[Ifd]:
+    """The directories that a page lists as its own: reduced copies of it, in file order.
+
+    Raises:
+        TileError: A directory is damaged, or there are more than `MAX_PAGES`.
+    """
+    offsets = ifd.ints(330, MAX_PAGES)
+    return [
+        Ifd(ifd.source, ifd.index, _directory(ifd.source, offset, ifd.index)[0])
+        for offset in offsets
+    ]
 
 
 def _header(file: BinaryIO) -> tuple[Source, int]:

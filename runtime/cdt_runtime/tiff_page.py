@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,11 @@ from cdt_runtime.tiff_ifd import Ifd
 from cdt_runtime.tile_limits import check_bytes, check_pixels
 
 MAX_SEGMENTS = 100_000
+"""Strips or tiles of one tile file."""
+
+MAX_SLIDE_SEGMENTS = 1_000_000
+MAX_SEGMENT_PIXELS = 16 * 2**20
+"""Pixels of one segment of a slide, all in memory at once."""
 
 COMPRESSIONS = {
     1: "none",
@@ -80,20 +86,32 @@ class Page:
         """Bytes of the decoded page."""
         return self.height * self.width * self.samples * -(-self.bits // 8)
 
+    @cached_property
+    def jpeg_tables(self) -> bytes | None:
+        """What the JPEG streams of all segments have in common."""
+        if self.ifd.count(347) > 2**16:
+            raise TileError("has JPEG tables of more than 64 KiB: damaged; write the file again")
+        return self.ifd.data(347) or None
+
     @property
     def kind(self) -> tuple[int, ...]:
         """What pages of one image have in common."""
         return (self.height, self.width, self.samples, self.bits, self.sample_format)
 
 
-def parse_page(ifd: Ifd) -> Page:
+def parse_page(ifd: Ifd, *, slide: bool = False) -> Page:
     """Read and check the tags of a page; segments are not read yet.
+
+    Args:
+        ifd: The page.
+        slide: It is read in parts: only its segments must fit, not the whole.
 
     Raises:
         TileError: A tag is missing or damaged, the page is too large, or of a kind not read.
     """
     height, width = ifd.one(257), ifd.one(256)
-    check_pixels(height, width)
+    if not slide:
+        check_pixels(height, width)
     samples = ifd.one(277, 1)
     if not 1 <= samples <= 1024:
         raise TileError(f"TIFF tag SamplesPerPixel is {samples}, expected 1 to 1024: damaged")
@@ -114,8 +132,20 @@ def parse_page(ifd: Ifd) -> Page:
         segment=_segment_size(ifd, height, width),
         tiled=322 in ifd,
     )
-    check_bytes(page.nbytes)
+    if slide:
+        _check_segment(page)
+    else:
+        check_bytes(page.nbytes)
     return page
+
+
+def _check_segment(page: Page) -> None:
+    height, width = page.segment
+    if height * width > MAX_SEGMENT_PIXELS:
+        raise TileError(
+            f"is stored in pieces of {width} x {height} pixels, expected "
+            f"{MAX_SEGMENT_PIXELS // 2**20} Mpixel or fewer: save it as a tiled pyramid"
+        )
 
 
 def _compression(ifd: Ifd) -> str:
@@ -162,18 +192,35 @@ def read_page(page: Page) -> np.ndarray:
     Raises:
         TileError: A segment is missing, truncated or does not decode to its full size.
     """
-    spans = _segment_spans(page)
     image = np.empty((page.height, page.width, page.samples), page.dtype)
-    per_plane = 1 if page.planar else page.samples
-    tile_h, tile_w = page.segment
-    for (plane, top, left), (offset, count) in zip(_segment_places(page), spans, strict=True):
-        what = f"image segment at row {top}, column {left}"
-        rows, columns = min(tile_h, page.height - top), min(tile_w, page.width - left)
-        need = (rows, columns, per_plane)
-        data = page.ifd.source.read(offset, _stored(page, need, count), what)
-        part = _decode(page, data, need, what)[:rows, :columns]
-        image[top : top + rows, left : left + columns, plane : plane + per_plane] = part
+    for (plane, top, left), span in zip(_segment_places(page), segment_spans(page), strict=True):
+        part = decode_segment(page, top, left, read_segment(page, top, left, span))
+        rows, columns, samples = part.shape
+        image[top : top + rows, left : left + columns, plane : plane + samples] = part
     return image
+
+
+def segment_shape(page: Page, top: int, left: int) -> tuple[int, int, int]:
+    """(rows, columns, samples) of the segment at a place: at the edges those within the image."""
+    rows, columns = min(page.segment[0], page.height - top), min(page.segment[1], page.width - left)
+    return rows, columns, 1 if page.planar else page.samples
+
+
+def read_segment(page: Page, top: int, left: int, span: tuple[int, int]) -> bytes:
+    """The stored bytes of a segment, from its place in the image and its (offset, bytes)."""
+    offset, count = span
+    need = segment_shape(page, top, left)
+    return page.ifd.source.read(offset, _stored(page, need, count), _name(top, left))
+
+
+def decode_segment(page: Page, top: int, left: int, data: bytes) -> np.ndarray:
+    """The pixels of a segment, as `segment_shape` says; safe in several threads."""
+    need = segment_shape(page, top, left)
+    return _decode(page, data, need, _name(top, left))[: need[0], : need[1]]
+
+
+def _name(top: int, left: int) -> str:
+    return f"image segment at row {top}, column {left}"
 
 
 def _segment_places(page: Page) -> Iterator[tuple[int, int, int]]:
@@ -184,15 +231,21 @@ def _segment_places(page: Page) -> Iterator[tuple[int, int, int]]:
                 yield plane, top, left
 
 
-def _segment_spans(page: Page) -> list[tuple[int, int]]:
-    """(offset, bytes) of each segment; as many as the image size asks for, none of them empty."""
+def segment_spans(page: Page, *, slide: bool = False) -> list[tuple[int, int]]:
+    """(offset, bytes) of each segment; as many as the image size asks for.
+
+    Args:
+        page: Any page.
+        slide: Far more are allowed, and a segment may be empty: scanners leave out bare glass.
+    """
     tile_h, tile_w = page.segment
+    most = MAX_SLIDE_SEGMENTS if slide else MAX_SEGMENTS
     expected = -(-page.height // tile_h) * -(-page.width // tile_w)
     expected *= page.samples if page.planar else 1
-    if expected > MAX_SEGMENTS:
+    if expected > most:
         raise TileError(
             f"is cut into {expected} segments of {tile_w} x {tile_h} pixels, over the limit of "
-            f"{MAX_SEGMENTS}: save it with larger ones"
+            f"{most}: save it with larger ones"
         )
     tags = (324, 325) if page.tiled else (273, 279)
     listed = [page.ifd.count(tag) for tag in tags]
@@ -201,8 +254,8 @@ def _segment_spans(page: Page) -> list[tuple[int, int]]:
             f"lists {listed[0]} segment offsets and {listed[1]} sizes where the image needs "
             f"{expected}: the file is damaged; write it again"
         )
-    offsets, counts = (page.ifd.ints(tag, MAX_SEGMENTS) for tag in tags)
-    if 0 in offsets or 0 in counts:
+    offsets, counts = (page.ifd.ints(tag, most) for tag in tags)
+    if not slide and (0 in offsets or 0 in counts):
         raise TileError("has segments without data (sparse): they are not filled with zeros")
     _check_counts(page, max(counts))
     return list(zip(offsets, counts, strict=True))
@@ -298,11 +351,10 @@ def _decode_jpeg(page: Page, data: bytes) -> np.ndarray:
         # Aperio stores RGB without a colour transform, and without the JFIF mark that implies one.
         source = None if data[6:10] == b"JFIF" else 2
         target = 2
-    if page.ifd.count(347) > 2**16:
-        raise TileError("has JPEG tables of more than 64 KiB: damaged; write the file again")
-    tables = page.ifd.data(347) or None
     return np.asarray(
-        imagecodecs.jpeg8_decode(data, tables=tables, colorspace=source, outcolorspace=target)
+        imagecodecs.jpeg8_decode(
+            data, tables=page.jpeg_tables, colorspace=source, outcolorspace=target
+        )
     )
 
 

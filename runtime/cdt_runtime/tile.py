@@ -111,7 +111,7 @@ def match_channels(
         TileError: A channel is missing or there twice; or RGB meets gray or markers.
     """
     try:
-        places = _places(tile.channels, expected, fill_missing=fill_missing)
+        places = channel_places(tile.channels, expected, fill_missing=fill_missing)
     except TileError as error:
         raise TileError(f"{tile.source}: {error}") from error
     matched = np.zeros((*tile.pixels.shape[:2], len(expected)), tile.pixels.dtype)
@@ -122,10 +122,10 @@ def match_channels(
     return matched, mapping, tuple(name for name, at in places.items() if at is None)
 
 
-def _places(
+def channel_places(
     found: Sequence[str], expected: Sequence[str], *, fill_missing: bool
 ) -> dict[str, int | None]:
-    """Expected name -> place in `found`, or None for a channel to fill."""
+    """Expected name -> place in `found`, or None for a channel to fill; raises as its caller."""
     _check_kinds(found, expected)
     places = {name: find_channel(name, found) for name in expected}
     missing = [name for name, place in places.items() if place is None]

@@ -18,7 +18,7 @@ def check_pixels(height: int, width: int) -> None:
     if height * width > MAX_PIXELS:
         raise TileError(
             f"is {width} x {height} pixels, over the limit of {MAX_PIXELS // 2**20} Mpixel a tile: "
-            "crop a tile"
+            "use --slide, or crop a tile"
         )
 
 

@@ -234,7 +234,7 @@ REFUSED: list[tuple[str, bytes, str]] = [
      "ImageWidth of page 0 is missing"),
     ("width is text", build(gray(1, 1, b"\0", t256=(2, [49]))), "ImageWidth of page 0 has type 2"),
     ("65535 x 65535", build(gray(65535, 65535, b"\0")),
-     r"over the limit of 64 Mpixel a tile: crop a tile$"),
+     r"over the limit of 64 Mpixel a tile: use --slide, or crop a tile$"),
     ("too many bytes", build(gray(8000, 8000, b"\0", t277=(SHORT, [100]))),
      "decodes to 6104 MiB, over the"),
     ("1 x 1 tiles", one_pixel_tiles(), "cut into 64000000 segments of 1 x 1 pixels"),

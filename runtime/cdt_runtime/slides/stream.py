@@ -1,0 +1,119 @@
+"""Tiles of a slide as a stream of batches, each segment decoded once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cdt_runtime.errors import TileError
+from cdt_runtime.preprocess import Preprocess
+from cdt_runtime.slides.grid import STRIP, Grid
+from cdt_runtime.slides.regions import Regions
+
+Places = NDArray[np.int64]
+Place = tuple[int, int]
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Tiles, ready for the graph.
+
+    Attributes:
+        places: row and column of each tile that could be read.
+        tiles: `(B, M, S, S)`, `B` being the number of places; none where B is 0.
+        failures: row, column and reason of each tile that could not.
+    """
+
+    places: tuple[Place, ...]
+    tiles: NDArray[Any] | None
+    failures: tuple[tuple[Place, str], ...]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How samples of a slide become a tile input.
+
+    Attributes:
+        order: for each channel of the model the slide's, or None for one of zeros.
+        bits: significant bits of an integer sample.
+        glass: value of samples where nothing is stored.
+        name: of the slide, for errors.
+    """
+
+    order: tuple[int | None, ...]
+    bits: int
+    glass: int
+    name: str
+
+
+def tile_batches(
+    grid: Grid, places: Places, preprocess: Preprocess, reading: Reading, size: int
+) -> Iterator[Batch]:
+    """Read tiles in the order given, `size` of them a batch.
+
+    Args:
+        grid: of the slide.
+        places: `(n, 2)` row and column, in reading order.
+        preprocess: of the model.
+        reading: of the slide.
+        size: tiles of a batch.
+
+    Raises:
+        TileError: the slide's lists of segments are damaged.
+    """
+    found: list[tuple[Place, NDArray[Any]]] = []
+    failed: list[tuple[Place, str]] = []
+    with Regions(grid.level, reading.glass) as regions:
+        for place in _decoding_ahead(regions, grid, places):
+            try:
+                pixels = _in_order(regions.read(grid.box(*place)), reading.order)
+                found.append((place, preprocess.tile(pixels, reading.bits, name=reading.name)))
+            except TileError as error:
+                failed.append((place, str(error)))
+            if len(found) + len(failed) == size:
+                yield _batch(found, failed)
+                found, failed = [], []
+        if found or failed:
+            yield _batch(found, failed)
+
+
+def _batch(found: list[tuple[Place, NDArray[Any]]], failed: list[tuple[Place, str]]) -> Batch:
+    tiles = np.stack([tile for _, tile in found]) if found else None
+    return Batch(tuple(place for place, _ in found), tiles, tuple(failed))
+
+
+def _decoding_ahead(regions: Regions, grid: Grid, places: Places) -> Iterator[Place]:
+    """Give the places one by one; what the next row of tiles needs is decoded meanwhile."""
+    rows = _rows(places)
+    for at, row in enumerate(rows):
+        begins = at == 0 or row[0][1] // STRIP != rows[at - 1][0][1] // STRIP
+        if begins:
+            regions.forget()
+        regions.forget_above(grid.box(*row[0]).top)
+        for place in [*row, *(rows[at + 1] if at + 1 < len(rows) else ())]:
+            regions.want(grid.box(*place))
+        yield from row
+
+
+def _rows(places: Places) -> list[list[Place]]:
+    """Part the places where the row or the strip of columns changes."""
+    if not len(places):
+        return []
+    keys = np.stack([places[:, 0], places[:, 1] // STRIP], axis=1)
+    cuts = np.flatnonzero((np.diff(keys, axis=0) != 0).any(axis=1)) + 1
+    parts = np.split(places, cuts)
+    return [[(int(row), int(column)) for row, column in part] for part in parts]
+
+
+def _in_order(pixels: NDArray[Any], order: Sequence[int | None]) -> NDArray[Any]:
+    if list(order) == list(range(pixels.shape[2])):
+        return pixels
+    chosen = np.zeros((*pixels.shape[:2], len(order)), pixels.dtype)
+    for at, place in enumerate(order):
+        if place is not None:
+            chosen[:, :, at] = pixels[:, :, place]
+    return chosen

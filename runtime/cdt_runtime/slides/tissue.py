@@ -1,0 +1,147 @@
+"""Where on a slide there is tissue, found on a small copy of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cdt_runtime.preprocess import area_resize
+from cdt_runtime.slides.pyramid import Level, Pyramid
+from cdt_runtime.slides.regions import Box, Regions
+from cdt_runtime.tile import RGB
+
+Mask = NDArray[np.bool_]
+Float = NDArray[np.float32]
+
+SIDE = 2048
+"""Most pixels of the small copy's longer side."""
+
+BLOCK = 8
+"""Rows of the small copy that are read at a time."""
+
+DENSITY_RANGE = (0.05, 0.20)
+"""The threshold on mean optical density stays within: glass lies below, pale stroma above."""
+
+INK = (0.16, 0.06)
+"""Darker than the first and less coloured than the second, as shares of full scale: pen, or the
+border that some scanners leave black."""
+
+LEVELS = 256
+"""Bins of the histogram that is parted."""
+
+
+@dataclass(frozen=True, eq=False)
+class Small:
+    """A small copy of a slide.
+
+    Attributes:
+        pixels: `(h, w, C)` float32, 0 to 1 of the samples' range.
+        scale: pixels of the full size a pixel, down and across.
+    """
+
+    pixels: Float
+    scale: tuple[float, float]
+
+
+def small_copy(pyramid: Pyramid, glass: int, side: int = SIDE) -> Small:
+    """Reduce the coarsest level that is not smaller than the copy, a block of rows at a time.
+
+    Args:
+        pyramid: an open slide.
+        glass: value of samples where nothing is stored.
+        side: most pixels of the copy's longer side.
+    """
+    finest = pyramid.levels[0]
+    level = next(
+        (one for one in reversed(pyramid.levels) if max(one.height, one.width) >= side), finest
+    )
+    factor = max(1.0, max(level.height, level.width) / side)
+    height, width = max(1, round(level.height / factor)), max(1, round(level.width / factor))
+    top = _top(level, pyramid.bits)
+    rows = []
+    with Regions(level, glass) as regions:
+        for start in range(0, height, BLOCK):
+            stop = min(start + BLOCK, height)
+            first, last = (round(edge * level.height / height) for edge in (start, stop))
+            rows.append(_reduced(regions, level, (first, last), (stop - start, width)) / top)
+            regions.forget_above(last)
+    scale = finest.height / height, finest.width / width
+    return Small(np.concatenate(rows).astype(np.float32), scale)
+
+
+def tissue_mask(small: Small, channels: tuple[str, ...]) -> Mask:
+    """Tell tissue from glass.
+
+    Args:
+        small: the copy.
+        channels: names; RGB is judged by how much light the stain takes, markers by how much they
+            shine.
+
+    Returns:
+        `(h, w)` bool.
+
+    Source: Otsu 1979 for the threshold, on optical density after Beer and Lambert.
+    """
+    if channels == RGB:
+        density = -np.log10(np.maximum(small.pixels, 1 / 255)).mean(axis=2)
+        dark, coloured = small.pixels.max(axis=2), np.ptp(small.pixels, axis=2)
+        ink = (dark < INK[0]) & (coloured < INK[1])
+        found = (density > np.clip(otsu(density[~ink]), *DENSITY_RANGE)) & ~ink
+    else:
+        shining = np.sqrt(small.pixels).mean(axis=2)
+        found = shining > max(otsu(shining), 1 / LEVELS)
+    return _smoothed(found)
+
+
+def otsu(values: NDArray[Any]) -> float:
+    """Return the threshold that parts a histogram into two of least spread.
+
+    Args:
+        values: any shape; where all are the same there is nothing above the threshold.
+    """
+    if values.size == 0:
+        return 0.0
+    counts, edges = np.histogram(values, bins=LEVELS)
+    middles = (edges[:-1] + edges[1:]) / 2
+    below = np.cumsum(counts)
+    above = below[-1] - below
+    sums = np.cumsum(counts * middles)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        gap = sums / below - (sums[-1] - sums) / above
+        between = np.nan_to_num(below * above * gap**2)
+    return float(edges[int(between.argmax()) + 1])
+
+
+def _reduced(
+    regions: Regions, level: Level, rows: tuple[int, int], shape: tuple[int, int]
+) -> NDArray[np.float32]:
+    """Read whole rows, a part of their width at a time, and average them down."""
+    height, width = shape
+    parts = []
+    step = max(1, 4096 * width // level.width)
+    for start in range(0, width, step):
+        stop = min(start + step, width)
+        left, right = (round(edge * level.width / width) for edge in (start, stop))
+        pixels = regions.read(Box(rows[0], left, rows[1] - rows[0], right - left))
+        parts.append(area_resize(pixels, (height, stop - start, pixels.shape[2])))
+    return np.concatenate(parts, axis=1)
+
+
+def _top(level: Level, bits: int) -> float:
+    return 1.0 if level.pages[0].dtype.kind == "f" else float(2**bits - 1)
+
+
+def _smoothed(mask: Mask) -> Mask:
+    """A pixel is what most of its 3 x 3 neighbours are: specks go, holes close."""
+    padded = np.pad(mask, 1, mode="edge").astype(np.int8)
+    height, width = mask.shape
+    votes = sum(
+        padded[down : down + height, across : across + width]
+        for down in range(3)
+        for across in range(3)
+    )
+    result: Mask = np.asarray(votes) > 4
+    return result
