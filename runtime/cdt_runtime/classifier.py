@@ -309,29 +309,44 @@ class FewShotClassifier:
         """Read one tile and bring it to the tile input; see `tile_input.prepare`."""
         return prepare(tile, self.preprocess, channels=channels, mpp=mpp, fill_missing=fill_missing)
 
-    def _answers(self, batch: Sequence[TileInput], context: Context) -> list[_Answer]:
-        """Classify a batch in one context."""
-        started = perf_counter()
+    def classify(self, tiles: NDArray[Any], context: Context) -> tuple[NDArray[np.float64], Float]:
+        """Classify tile inputs in one engine call.
+
+        Args:
+            tiles: `(B, M, S, S)`, as `preprocess` gives them.
+            context: that `context` gave.
+
+        Returns:
+            Calibrated probabilities and distances, both `(B, K)`.
+
+        Raises:
+            BackendError: an answer is not finite.
+        """
         support = self.prototypes
         scale = support.scale_with_ct if context.used else support.scale
         outputs = self._classify.run(
             {
-                "tile": np.stack([tile.array for tile in batch]),
+                "tile": tiles,
                 "ct_tokens": context.tokens,
                 "ct_present": context.present,
                 "prototypes": self.class_prototypes(context),
                 "scale": np.array([scale], dtype=np.float32),
             }
         )
+        return softmax(self._finite(outputs["logits"])), outputs["distances"]
+
+    def _answers(self, batch: Sequence[TileInput], context: Context) -> list[_Answer]:
+        """Classify a batch in one context."""
+        started = perf_counter()
+        answers = self.classify(np.stack([tile.array for tile in batch]), context)
         share_ms = _ms_since(started) / len(batch)
-        probabilities = softmax(self._finite(outputs["logits"]))
         return [
             _Answer(
                 dict(zip(self.classes, map(float, chances), strict=True)),
                 dict(zip(self.classes, map(float, distances), strict=True)),
                 share_ms,
             )
-            for chances, distances in zip(probabilities, outputs["distances"], strict=True)
+            for chances, distances in zip(*answers, strict=True)
         ]
 
     def _prediction(

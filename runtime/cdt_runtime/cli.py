@@ -25,19 +25,23 @@ EXAMPLES = """
 Examples:
   cdt-infer ct/R_001 tile.tif              class, probabilities, distances
   cdt-infer ct/R_001 *.tif --json          one JSON object a line
+  cdt-infer ct/R_001 tiles/                every tile of a folder
+  cdt-infer ct/R_001 slide.svs --slide     a whole slide: table, areas, heat map
   cdt-infer --no-ct tile.tif               the tile alone
 
 \b
 CT_DIR is a folder that holds one DICOM CT series, at any depth. A TILE is a
-TIFF, PNG or JPEG file, or a folder with one image file a marker. Exit code 2
-means that an input could not be used; the line on stderr says what to do.
+TIFF, PNG or JPEG file, a folder with one image file a marker, or a folder of
+tiles. With --slide it is an OME-TIFF, SVS or other tiled TIFF; a run that was
+stopped goes on where it was. Exit code 2 means that an input could not be
+used; the line on stderr says what to do.
 Research use only: not a medical device.
 """
 
 
 def infer() -> NoReturn:
     """Entry point of `cdt-infer`."""
-    run(infer_command)
+    run(infer_command, extra="wsi")
 
 
 @click.command(
@@ -64,7 +68,14 @@ def infer() -> NoReturn:
 @click.option("--allow-resample", is_flag=True, help="Accept missing slices by resampling.")
 @click.option("--channels", metavar="A,B,...", help="Channel names of tiles that carry none.")
 @click.option("--fill-missing", is_flag=True, help="Fill channels a tile lacks with zeros.")
-@click.option("--mpp", type=click.FloatRange(min=0, min_open=True), help="Microns a pixel.")
+@click.option(
+    "--mpp",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Microns a pixel: of the tile files; with --slide those to look at it with.  [default: "
+    "what the file says; with --slide what the model was trained at]",
+)
+@click.option("--slide", "as_slide", is_flag=True, help="Cut the one TILE, a whole slide, up.")
+@click.option("--out", metavar="DIR", help="Folder for a slide's results.  [default: ./NAME.cdt]")
 @click.version_option(__version__, prog_name="cdt-infer")
 def infer_command(
     paths: tuple[str, ...],
@@ -78,8 +89,10 @@ def infer_command(
     channels: str | None,
     fill_missing: bool,
     mpp: float | None,
+    as_slide: bool,
+    out: str | None,
 ) -> None:
-    """Classify pathology tiles, with the patient's CT as context.
+    """Classify pathology tiles or a whole slide, with the patient's CT as context.
 
     Without training anything: the bundle's prototypes decide, and "can't tell"
     is an answer.
@@ -87,17 +100,17 @@ def infer_command(
     from cdt_runtime.tile_input import require_filling
 
     ct_dir, tiles = _split_paths(paths, no_ct)
-    _refuse_empty({"--bundle": bundle, "--series": series, "--channels": channels})
+    _refuse_empty({"--bundle": bundle, "--series": series, "--channels": channels, "--out": out})
+    _refuse_slide_options(as_slide, tiles, out)
     classifier = _open(bundle, backend, precision)
     if fill_missing:
         require_filling(classifier.preprocess)
     context = classifier.context(ct_dir, series_uid=series, allow_resample=allow_resample)
-    reading = {
-        "channels": [name.strip() for name in channels.split(",")] if channels else None,
-        "fill_missing": fill_missing,
-        "mpp": mpp,
-    }
-    sys.exit(_classify(classifier, tiles, reading, context, as_json))
+    names = [name.strip() for name in channels.split(",")] if channels else None
+    reading = {"channels": names, "fill_missing": fill_missing, "mpp": mpp}
+    if as_slide:
+        sys.exit(_slide(classifier, Path(tiles[0]), context, out, reading, as_json))
+    sys.exit(_classify(classifier, _expanded(classifier, tiles, names), reading, context, as_json))
 
 
 def _split_paths(paths: tuple[str, ...], no_ct: bool) -> tuple[str | None, tuple[str, ...]]:
@@ -118,6 +131,49 @@ def _split_paths(paths: tuple[str, ...], no_ct: bool) -> tuple[str | None, tuple
     if len(paths) == 1:
         raise InputError("no TILE given: cdt-infer CT_DIR TILE [TILE ...]")
     return paths[0], paths[1:]
+
+
+def _refuse_slide_options(as_slide: bool, tiles: tuple[str, ...], out: str | None) -> None:
+    if out and not as_slide:
+        raise InputError("--out is for whole slides: add --slide, or redirect standard output")
+    if as_slide and len(tiles) != 1:
+        raise InputError(f"--slide with {len(tiles)} files: give one slide at a time")
+
+
+def _expanded(
+    classifier: FewShotClassifier, tiles: tuple[str, ...], names: list[str] | None
+) -> tuple[str, ...]:
+    """Put the tiles of a folder in its place."""
+    from cdt_runtime.tile_folder import tiles_under
+
+    expected = classifier.preprocess.channels
+    return tuple(one for tile in tiles for one in tiles_under(tile, expected, names))
+
+
+def _slide(
+    classifier: FewShotClassifier,
+    path: Path,
+    context: Context,
+    out: str | None,
+    reading: dict[str, Any],
+    as_json: bool,
+) -> int:
+    """Classify a slide, write its files and print the summary; return the exit code."""
+    import json
+
+    import tifffile  # noqa: F401  missing, it must be said before hours of work
+
+    from cdt_runtime.slides import results
+    from cdt_runtime.slides.job import classify_slide
+
+    folder = Path(out) if out else Path(f"{path.name.split('.')[0]}.cdt")
+    found = classify_slide(classifier, path, context, folder, **reading)
+    summary = results.write_results(found, classifier, context, folder)
+    click.echo(json.dumps(summary, ensure_ascii=False) if as_json else results.as_text(summary))
+    for tile in found.unreadable[:1]:
+        count = len(found.unreadable)
+        say(f"{path.name}: {count} tiles can't be read, the first: {tile.reason}")
+    return InputError.exit_code if found.unreadable else 0
 
 
 def _refuse_empty(options: dict[str, str | None]) -> None:
@@ -181,17 +237,26 @@ def _answers(
     reading: dict[str, Any],
     context: Context,
 ) -> Iterator[Prediction | Failure]:
-    """Classify in batches; a failure takes its tile's place between the answers."""
-    waiting: list[TileInput] = []
-    for tile, name in zip(tiles, names, strict=True):
-        failure = None
+    """Classify in batches, reading ahead; a failure takes its tile's place between the answers."""
+    from cdt_runtime.parallel import mapped
+
+    def read(item: tuple[str, str]) -> TileInput | Failure:
+        tile, name = item
         try:
-            waiting.append(replace(classifier.read(tile, **reading), name=name))
+            return replace(classifier.read(tile, **reading), name=name)
         except InputError as error:
-            failure = Failure(name, error)
-        if failure or len(waiting) == classifier.batch_size:
+            return Failure(name, error)
+
+    waiting: list[TileInput] = []
+    size = classifier.batch_size
+    for found in mapped(read, zip(tiles, names, strict=True), 2 * size):
+        if isinstance(found, Failure):
+            yield from classifier.predict_each(waiting, context)
+            yield found
+            waiting = []
+            continue
+        waiting.append(found)
+        if len(waiting) == size:
             yield from classifier.predict_each(waiting, context)
             waiting = []
-        if failure:
-            yield failure
     yield from classifier.predict_each(waiting, context)

@@ -193,9 +193,7 @@ def _decode(file: BinaryIO, wanted: int) -> Raster:
 
 def _read_folder(folder: Path, wanted: int) -> tuple[Raster, str]:
     """One image a marker, or one multi-channel image; everything else in the folder is skipped."""
-    paths = sorted(
-        (path for path in folder.iterdir() if _is_image(path)), key=lambda path: path.name
-    )
+    paths = images_in(folder)
     if not paths:
         below = sorted(printable(path.name) for path in folder.iterdir() if path.is_dir())[:3]
         hint = f"; it has the folders {', '.join(below)}: name one region" if below else ""
@@ -209,6 +207,11 @@ def _read_folder(folder: Path, wanted: int) -> tuple[Raster, str]:
     digest = hashlib.sha256("".join(sha for _, sha in members).encode()).hexdigest()
     files = [printable(path.name) for path in paths]
     return _stack([raster for raster, _ in members], names, files), digest
+
+
+def images_in(folder: Path) -> list[Path]:
+    """The image files of a folder, by name; hidden ones and folders are left out."""
+    return sorted(filter(_is_image, folder.iterdir()), key=lambda path: path.name)
 
 
 def _is_image(path: Path) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -55,7 +55,7 @@ class _Maker(Generic[T]):
                 return
 
 
-def ahead(items: Iterable[T], count: int) -> Iterator[T]:
+def ahead(items: Iterable[T], count: int) -> Generator[T, None, None]:
     """Make items in a thread of their own, at most `count` before they are asked for.
 
     What the maker raises is raised here, after the items before it. The thread ends with this

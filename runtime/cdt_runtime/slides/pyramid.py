@@ -142,9 +142,7 @@ def _images(ifds: Sequence[Ifd]) -> list[Page]:
 def _levels(finest: tuple[Page, ...], pages: Sequence[Page]) -> tuple[Level, ...]:
     """Levels from the directories that each page lists, and from smaller pages of the file."""
     full = finest[0]
-    nested = [
-        [parse_page(ifd, slide=True) for ifd in sub_directories(page.ifd)] for page in finest
-    ]
+    nested = [[parse_page(ifd, slide=True) for ifd in sub_directories(page.ifd)] for page in finest]
     depth = min(map(len, nested))
     groups = [tuple(pages_of[step] for pages_of in nested) for step in range(depth)]
     for size in dict.fromkeys((page.height, page.width) for page in pages):
@@ -159,9 +157,7 @@ def _levels(finest: tuple[Page, ...], pages: Sequence[Page]) -> tuple[Level, ...
     return tuple(levels.values())
 
 
-def _named(
-    full: Page, planes: Layout, pages: int, given: Sequence[str] | None
-) -> tuple[str, ...]:
+def _named(full: Page, planes: Layout, pages: int, given: Sequence[str] | None) -> tuple[str, ...]:
     """Channel names: the file's, else those of RGB, else the caller's.
 
     Raises:

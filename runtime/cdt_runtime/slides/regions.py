@@ -136,7 +136,8 @@ def _overlap(box: Box, segment: Box) -> tuple[tuple[slice, slice], tuple[slice, 
     bottom = min(box.top + box.height, segment.top + segment.height)
     right = min(box.left + box.width, segment.left + segment.width)
     into = slice(top - box.top, bottom - box.top), slice(left - box.left, right - box.left)
-    of = slice(top - segment.top, bottom - segment.top), slice(
-        left - segment.left, right - segment.left
+    of = (
+        slice(top - segment.top, bottom - segment.top),
+        slice(left - segment.left, right - segment.left),
     )
     return into, of
