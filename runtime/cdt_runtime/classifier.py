@@ -57,14 +57,14 @@ class FewShotClassifier:
 
     Args:
         bundle: an opened bundle.
-        backend: name of the inference engine, a key of `BACKENDS`; `auto` takes the fastest that is
-            there and has passed the bundle's self-test on this machine.
+        backend: name of the inference engine, a key of `BACKENDS`; `auto` takes the fastest on
+            this machine of those that pass the bundle's self-test there.
         precision: `auto` is the engine's fastest that decides as before, `fp32` is none below that
             of the graphs.
         cache: folder of CT tokens and of proofs of engines, or None for the default one.
 
     Attributes:
-        notes: why `auto` passed over an engine, one line each.
+        notes: why `auto` may not use an engine that is there, one line each.
 
     Raises:
         BundleError, PrototypeError, BackendError: they can't be used here.

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Mapping
+from statistics import median
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -25,7 +27,11 @@ FULL, HALF = 1e-3, 2e-2
 """How far an output may be off, as a share of its range: rounding of float32 sums in another order
 stays below 1e-4, of float16 and bfloat16 below 1e-2."""
 
+WARMUP, ROUNDS = 3, 11
+"""Calls before and in a measurement: enough to rank engines, and over in the time of a start."""
+
 _CLASSES = np.array([0, 0, 1, 1])
+_SCALE = np.array([5.0], dtype=np.float32)
 
 Arrays = dict[str, NDArray[Any]]
 Run = Callable[[str, Mapping[str, NDArray[Any]]], Arrays]
@@ -63,7 +69,7 @@ def golden_outputs(inputs: Mapping[str, NDArray[Any]], run: Run) -> Arrays:
         embedding = run("bridge", {"tile_tokens": tile_tokens, **context})["embedding"]
         # Whatever the bundle's own fit: a ridge's regulariser may jump with the last bit.
         means = class_means(embedding, _CLASSES, 2)
-        head = {"prototypes": means, "scale": np.array([5.0], dtype=np.float32)}
+        head = {"prototypes": means, "scale": _SCALE}
         outputs = run("tile_classifier", {"tile": inputs["in_tile"], **context, **head})
         alone = run("head", {"embedding": embedding, **head})
         results[f"out_embedding_{name}"] = outputs["embedding"]
@@ -99,6 +105,42 @@ def self_test(bundle: Bundle, backend: str, precision: Precision = "auto") -> di
         tolerance=HALF if half else FULL,
         what=f"{bundle.path.name} on {backend}",
     )
+
+
+def tile_ms(bundle: Bundle, backend: str, precision: Precision = "auto") -> float:
+    """Time one tile with a CT on an engine, from host to host.
+
+    Args:
+        bundle: an opened bundle.
+        backend: key of `BACKENDS`.
+        precision: as `open_session` takes it.
+
+    Returns:
+        The median of a few calls after a warm-up, in milliseconds.
+
+    Raises:
+        BackendError: the engine can't run here.
+    """
+    session = open_session(backend, bundle.read("tile_classifier.onnx"), precision)
+    inputs = one_tile(bundle)
+    times = []
+    for _ in range(WARMUP + ROUNDS):
+        started = perf_counter()
+        session.run(inputs)
+        times.append((perf_counter() - started) * 1e3)
+    return median(times[WARMUP:])
+
+
+def one_tile(bundle: Bundle) -> Arrays:
+    """Make the golden inputs of the tile graph at batch 1, of a tile in the context of a CT."""
+    stored = np.load(io.BytesIO(bundle.read(GOLDEN)), allow_pickle=False)
+    return {
+        "tile": stored["in_tile"][:1],
+        "ct_tokens": stored["out_ct_tokens"],
+        "ct_present": np.ones(1, np.float32),
+        "prototypes": class_means(stored["out_embedding_with_ct"], _CLASSES, 2),
+        "scale": _SCALE,
+    }
 
 
 def compare_golden(golden: bytes, run: Run, *, tolerance: float, what: str) -> dict[str, float]:

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import builtins
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from cdt_runtime import proof
-from cdt_runtime.backends import BACKENDS, open_session, ort, ort_cuda, ov
+from cdt_runtime import golden, proof
+from cdt_runtime.backends import BACKENDS, Precision, open_session, ort, ort_cuda, ov
 from cdt_runtime.bundle import Bundle
 from cdt_runtime.classifier import FewShotClassifier
 from cdt_runtime.errors import BackendError, ParityError
 from cdt_runtime.golden import FULL, HALF, golden_inputs, self_test
-from cdt_runtime.proof import Choice, choose_backend
+from cdt_runtime.proof import Choice, choose_backend, examine
 
 CPU_ENGINES = ["onnxruntime", "openvino"]
 
@@ -200,67 +201,105 @@ def test_inputs_that_do_not_fit_the_graph_are_one_error(bundle: Bundle, backend:
     assert "\n" not in str(caught.value)
 
 
+class Paces:
+    """Stands for self-test and clock: which engines fail, and what a tile takes on the others."""
+
+    def __init__(self, times: dict[str, float], fails: Sequence[str] = ()) -> None:
+        self.times, self.fails, self.tests = times, fails, list[str]()
+
+    def self_test(self, bundle: Bundle, name: str, precision: Precision) -> dict[str, float]:
+        self.tests.append(f"{name} {precision}")
+        if self.tests[-1] in self.fails:
+            raise ParityError(f"{self.tests[-1]} is off")
+        return {"out_logits": 1e-4, "out_embedding": 2e-4}
+
+    def tile_ms(self, bundle: Bundle, name: str, precision: Precision) -> float:
+        return self.times[name]
+
+
+@pytest.fixture
+def paces(
+    monkeypatch: pytest.MonkeyPatch, no_gpu: None
+) -> Callable[[dict[str, float], Sequence[str]], Paces]:
+    def install(times: dict[str, float], fails: Sequence[str] = ()) -> Paces:
+        found = Paces(times, fails)
+        monkeypatch.setattr(proof, "self_test", found.self_test)
+        monkeypatch.setattr(proof, "tile_ms", found.tile_ms)
+        return found
+
+    return install
+
+
 @pytest.mark.usefixtures("no_gpu")
-def test_the_fastest_engine_is_proved_once(
+def test_each_engine_is_tested_and_timed_once(
     bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert choose_backend(bundle, "fp32", tmp_path) == Choice("openvino", "fp32")
-    (kept,) = tmp_path.glob("*.proof")
-    facts = json.loads(kept.read_text())
-    assert (facts["backend"], facts["bundle"]) == ("openvino", bundle.identity)
-    tests: list[str] = []
+    chosen = choose_backend(bundle, "fp32", tmp_path)
+    kept = [json.loads(path.read_text()) for path in tmp_path.glob("*.proof")]
+    assert {facts["backend"] for facts in kept} == {*CPU_ENGINES}
+    assert {facts["bundle"] for facts in kept} == {bundle.identity}
+    assert all(0 < facts["gap"] < FULL for facts in kept)
+    fastest = min(kept, key=lambda facts: facts["tile_ms"])
+    assert chosen == Choice(fastest["backend"], "fp32")
+    monkeypatch.setattr(proof, "self_test", None)
+    monkeypatch.setattr(proof, "tile_ms", None)
+    assert choose_backend(bundle, "fp32", tmp_path) == chosen
 
-    def counted(of: Bundle, name: str, precision: Any) -> dict[str, float]:
-        tests.append(f"{name} {precision}")
-        return {}
 
-    monkeypatch.setattr(proof, "self_test", counted)
-    assert choose_backend(bundle, "fp32", tmp_path) == Choice("openvino", "fp32")
-    assert tests == []
-    assert choose_backend(bundle, "auto", tmp_path) == Choice("openvino", "auto")
+def test_what_changes_an_outcome_is_tested_anew(
+    bundle: Bundle, tmp_path: Path, paces: Callable[..., Paces], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = paces({"openvino": 2.0, "onnxruntime": 1.0})
+    both = ["openvino fp32", "onnxruntime fp32"]
+    choose_backend(bundle, "fp32", tmp_path)
+    choose_backend(bundle, "fp32", tmp_path)
+    assert found.tests == both
+    for path in tmp_path.glob("*.proof"):  # as of a version that did not time
+        path.write_text('{"refused": ""}')
+    choose_backend(bundle, "fp32", tmp_path)
+    assert found.tests == both * 2
     monkeypatch.setattr(proof, "_version", lambda package: "another")
     choose_backend(bundle, "fp32", tmp_path)
     choose_backend(bundle, "fp32", None)
-    assert tests == ["openvino auto", "openvino fp32", "openvino fp32"]
+    examine(bundle, "fp32", tmp_path, anew=True)
+    assert found.tests == both * 5
 
 
-@pytest.mark.usefixtures("no_gpu")
 @pytest.mark.parametrize(
-    ("fails", "chosen", "notes"),
+    ("times", "fails", "chosen", "notes"),
     [
-        ((), ("openvino", "auto"), ()),
-        (("openvino auto",), ("openvino", "fp32"), ()),
+        ((2.0, 3.0), (), ("openvino", "auto"), ()),
+        ((3.0, 2.0), (), ("onnxruntime", "auto"), ()),
+        ((2.0, 3.0), ("openvino auto",), ("openvino", "fp32"), ()),
         (
+            (2.0, 3.0),
             ("openvino auto", "openvino fp32"),
             ("onnxruntime", "auto"),
             ("openvino is not used: openvino fp32 is off",),
         ),
     ],
 )
-def test_what_fails_its_self_test_is_passed_over_aloud(
+def test_the_fastest_that_passes_is_taken_and_what_fails_is_said(
     bundle_dir: Path,
-    monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
+    paces: Callable[..., Paces],
+    times: tuple[float, float],
     fails: tuple[str, ...],
     chosen: tuple[str, str],
     notes: tuple[str, ...],
 ) -> None:
-    def some_fail(of: Bundle, name: str, precision: Any) -> dict[str, float]:
-        if f"{name} {precision}" in fails:
-            raise ParityError(f"{name} {precision} is off")
-        return {}
-
-    monkeypatch.setattr(proof, "self_test", some_fail)
+    tests = paces(dict(zip(("openvino", "onnxruntime"), times, strict=True)), fails).tests
+    passing = 1 if len(fails) == 2 else 2
     for _ in range(2):  # tested, then remembered
         found = FewShotClassifier.open(bundle_dir, cache=tmp_path)
         assert (found.backend, found.precision, found.notes) == (*chosen, notes)
         assert found.engine.startswith(f"{chosen[0]} ")
-        monkeypatch.setattr(proof, "self_test", None)
+        assert len(tests) == passing + len(fails)
 
 
 @pytest.mark.usefixtures("no_gpu")
 def test_an_engine_that_can_not_run_is_tried_again_the_next_time(
-    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, paces: Callable[..., Paces]
 ) -> None:
     def broken(of: Bundle, name: str, precision: Any) -> dict[str, float]:
         raise BackendError("its driver is missing")
@@ -268,8 +307,24 @@ def test_an_engine_that_can_not_run_is_tried_again_the_next_time(
     monkeypatch.setattr(proof, "self_test", broken)
     with pytest.raises(BackendError, match="no engine can be used: openvino is not used: its dri"):
         choose_backend(bundle, "auto", tmp_path)
-    monkeypatch.setattr(proof, "self_test", lambda *_: {})
+    paces({"openvino": 1.0, "onnxruntime": 2.0})
     assert choose_backend(bundle, "auto", tmp_path) == Choice("openvino", "auto")
+
+
+def test_a_tile_is_timed_on_inputs_that_the_graph_takes(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter([0.0, 9.0] * golden.WARMUP + [0.0, 0.002] * golden.ROUNDS)
+    monkeypatch.setattr(golden, "perf_counter", lambda: next(clock))
+    assert golden.tile_ms(bundle, "onnxruntime") == pytest.approx(2.0)
+    inputs = golden.one_tile(bundle)
+    assert {name: len(values) for name, values in inputs.items()} == {
+        "tile": 1,
+        "ct_tokens": 1,
+        "ct_present": 1,
+        "prototypes": 2,
+        "scale": 1,
+    }
 
 
 def test_a_folder_that_can_not_be_written_only_costs_time(bundle: Bundle, tmp_path: Path) -> None:
