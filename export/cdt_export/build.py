@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -15,27 +14,18 @@ from numpy.typing import NDArray
 
 from cdt_export import parity
 from cdt_export.graphs import Graph, build_graphs
+from cdt_export.inputs import open_data, read_tiles
 from cdt_export.onnx import OPSET, describe, to_onnx
 from cdt_export.parity import HeldOut
 from cdt_runtime import __version__
 from cdt_runtime.backends import Session, open_session
 from cdt_runtime.bundle import Bundle, encoder_identity, write_bundle
-from cdt_runtime.errors import DatasetError
 from cdt_runtime.golden import GOLDEN, compare_golden, golden_inputs, golden_outputs
 from cdt_runtime.prototypes import Prototypes
-from cdt_train.config import Recipe
-from cdt_train.data import read_dataset
-from cdt_train.data.arrays import CtArrays, TileArrays, load_ct, load_tiles
-from cdt_train.data.dataset import tile_name
+from cdt_train.data.arrays import TileArrays
 from cdt_train.progress import bar
-from cdt_train.split import SUPPORT
 from cdt_train.split_record import SPLIT, SplitRecord
 from cdt_train.trained import Trained
-
-MAX_HELD_OUT = 256
-"""Held-out tiles that the parity check runs, spread evenly over the test fold."""
-MAX_SERIES = 8
-"""CT series, in their order, that are tried for one that can be read."""
 
 
 def export_bundle(
@@ -53,7 +43,7 @@ def export_bundle(
         DatasetError: the training data can't be read again.
         ParityError: the export does not decide as the model; nothing is written.
     """
-    support, held_out = read_tiles(trained, data_dir)
+    support, held_out = read_tiles(open_data(trained, data_dir))
     graphs = build_graphs(trained.model, trained.preprocess, n_classes=len(support.classes))
     models = {}
     for graph in bar(graphs, "exporting"):
@@ -102,94 +92,6 @@ def prove(
     )
     parity.require_parity(compared, decisions, tolerance)
     return parity.as_record(compared, decisions, tolerance)
-
-
-def read_tiles(trained: Trained, data_dir: Path | None) -> tuple[TileArrays, HeldOut]:
-    """Read the support tiles, the held-out tiles and the CT that they need.
-
-    Raises:
-        DatasetError: the data has moved or changed.
-    """
-    folder = data_dir or Path(trained.info["data_dir"])
-    if not folder.exists():
-        raise DatasetError(
-            f"training data not found at {folder}: give --data-dir: prototypes are made from it"
-        )
-    ct_dir = trained.info.get("ct_dir")
-    dataset = read_dataset(trained.info["layout"], folder, Path(ct_dir) if ct_dir else None)
-    by_name = {tile_name(tile, folder): tile for tile in dataset.tiles}
-    split = trained.info["split"]
-    facts = trained.info["tile_facts"]
-    absent = [
-        name for name in facts if name not in by_name or by_name[name].label != facts[name][1]
-    ]
-    if absent:
-        raise DatasetError(
-            f"{folder}: {len(absent)} tiles of the training run are missing or labelled otherwise, "
-            f"first {absent[0]}: give the --data-dir that the model was trained on"
-        )
-    classes = tuple(trained.info["classes"])
-
-    def load(names: list[str]) -> TileArrays:
-        tiles = [by_name[name] for name in names]
-        arrays = load_tiles(tiles, classes, trained.preprocess, folder, bar)
-        for name, digest in zip(names, arrays.sha256, strict=True):
-            if digest != facts[name][0]:
-                raise DatasetError(
-                    f"{folder}: {name} is another image than the model was trained on: give the "
-                    f"--data-dir that it was trained on"
-                )
-        return arrays
-
-    known = load(_spread_support(split, by_name, trained.recipe))
-    rng = np.random.default_rng([trained.recipe.training.seed, SUPPORT])
-    chosen = rng.permutation(sorted(split["test"]))[:MAX_HELD_OUT].tolist()
-    test = load(chosen)
-    owners = [by_name[name].patient for name in known.names]
-    series = tuple(
-        found for n, found in enumerate(dataset.ct) if n < MAX_SERIES or found.patient in owners
-    )
-    ct, _ = load_ct(replace(dataset, ct=series), trained.preprocess, folder, bar)
-    volume = ct.volumes[:1] if len(ct) else torch.zeros(trained.preprocess.ct_shape)
-    own, of = _own_ct(ct, owners)
-    return known, HeldOut(known.tiles, known.labels, test.tiles, test.labels, volume, own, of)
-
-
-def _own_ct(ct: CtArrays, owners: Sequence[str]) -> tuple[torch.Tensor, NDArray[np.int64]]:
-    """Find each tile's own patient's CT, the first where there are several, as training does.
-
-    Args:
-        ct: volumes of any patients.
-        owners: the patient of each tile.
-
-    Returns:
-        The volumes of these patients, and for each tile which is its own; -1 for none.
-    """
-    patients = [patient for patient in dict.fromkeys(owners) if patient in ct.patients]
-    place = {patient: index for index, patient in enumerate(patients)}
-    volumes = ct.take([ct.patients.index(patient) for patient in patients]).volumes
-    return volumes, np.array([place.get(owner, -1) for owner in owners], dtype=np.int64)
-
-
-def _spread_support(
-    split: Mapping[str, list[str]], by_name: Mapping[str, Any], recipe: Recipe
-) -> list[str]:
-    """Draw k_shot tiles a class outside the test fold, from as many patients as there are."""
-    rng = np.random.default_rng([recipe.training.seed, SUPPORT])
-    names = sorted(split["train"] + split["val"])
-    shuffled = [names[i] for i in rng.permutation(len(names))]
-    chosen = []
-    for label in sorted({by_name[name].label for name in names}):
-        mine = [name for name in shuffled if by_name[name].label == label]
-        turns: dict[str, int] = {}
-        ranked = []
-        for name in mine:
-            patient = by_name[name].patient
-            turns[patient] = turns.get(patient, 0) + 1
-            ranked.append((turns[patient], name))
-        ranked.sort(key=lambda entry: entry[0])
-        chosen += [name for _, name in ranked[: recipe.training.k_shot]]
-    return chosen
 
 
 def support_prototypes(

@@ -10,8 +10,9 @@ import pytest
 import torch
 from onnx import TensorProto, numpy_helper
 
-from cdt_export.build import export_bundle, prove, read_tiles, support_prototypes
+from cdt_export.build import export_bundle, prove, support_prototypes
 from cdt_export.graphs import Graph, build_graphs
+from cdt_export.inputs import open_data, read_tiles
 from cdt_export.onnx import to_onnx
 from cdt_export.parity import TOLERANCES, compare_decisions, exported_chances
 from cdt_runtime.backends import open_session
@@ -131,7 +132,7 @@ def test_an_export_with_one_weight_changed_is_refused(
     trained: Trained, exported: tuple[str, dict[str, bytes]], broken: str | None
 ) -> None:
     precision, models = exported
-    _, held_out = read_tiles(trained, None)
+    _, held_out = read_tiles(open_data(trained, None))
     graphs = build_graphs(trained.model, trained.preprocess, n_classes=2)
     sessions = {name: open_session("onnxruntime", data) for name, data in models.items()}
     if broken is None:
@@ -149,7 +150,7 @@ def test_answers_that_are_no_numbers_are_refused(
     trained: Trained, exported: tuple[str, dict[str, bytes]]
 ) -> None:
     precision, models = exported
-    _, held_out = read_tiles(trained, None)
+    _, held_out = read_tiles(open_data(trained, None))
     graphs = build_graphs(trained.model, trained.preprocess, n_classes=2)
 
     class Broken:
@@ -198,7 +199,7 @@ def test_encoders_in_half_precision_answer_rightly_on_a_cpu(
 
 
 def test_no_pixel_of_the_training_data_is_in_a_bundle(bundle_dir: Path, trained: Trained) -> None:
-    support, held_out = read_tiles(trained, None)
+    support, held_out = read_tiles(open_data(trained, None))
     golden = np.load(bundle_dir / "golden.npz")["in_tile"]
     for tiles in (support.tiles, held_out.tiles):
         assert not any(np.array_equal(a, b) for a in golden for b in tiles.numpy())
@@ -211,11 +212,11 @@ def test_paired_support_brings_its_own_patients_ct(
     trained: Trained, exported: tuple[str, dict[str, bytes]], phantom_dir: Path, tmp_path: Path
 ) -> None:
     data = Path(shutil.copytree(phantom_dir, tmp_path / "data"))
-    assert len(read_tiles(trained, data)[1].support_ct) == 0
-    support, _ = read_tiles(trained, data)
+    assert len(read_tiles(open_data(trained, data))[1].support_ct) == 0
+    support, _ = read_tiles(open_data(trained, data))
     owners = [name.split("/")[1] for name in support.names]
     (data / "ct_data" / "R_002").rename(data / "ct_data" / owners[1])
-    support, held_out = read_tiles(trained, data)
+    support, held_out = read_tiles(open_data(trained, data))
     assert len(held_out.support_ct) == 1
     expected = [0 if owner == owners[1] else -1 for owner in owners]
     assert held_out.support_ct_of.tolist() == expected
@@ -236,7 +237,7 @@ def test_paired_support_brings_its_own_patients_ct(
 
 
 def test_support_tiles_come_from_outside_the_test_fold(bundle_dir: Path, trained: Trained) -> None:
-    support, held_out = read_tiles(trained, None)
+    support, held_out = read_tiles(open_data(trained, None))
     assert set(support.names) & set(trained.info["split"]["test"]) == set()
     assert np.bincount(support.labels).tolist() == [2, 2]
     assert len(held_out.labels) == len(trained.info["split"]["test"])
@@ -248,10 +249,10 @@ def test_data_that_has_moved_is_found_by_option_or_said(
     trained: Trained, phantom_dir: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(phantom_dir, tmp_path / "moved")
-    support, _ = read_tiles(trained, tmp_path / "moved")
+    support, _ = read_tiles(open_data(trained, tmp_path / "moved"))
     assert len(support.labels) == 4
     with pytest.raises(DatasetError, match=r"training data not found at .*: give --data-dir"):
-        read_tiles(trained, tmp_path / "gone")
+        read_tiles(open_data(trained, tmp_path / "gone"))
     name = trained.info["split"]["test"][0]
     (tmp_path / "moved" / name).unlink()
     rows = (tmp_path / "moved" / "pathology_data" / "labels.csv").read_text().splitlines()
@@ -259,7 +260,7 @@ def test_data_that_has_moved_is_found_by_option_or_said(
     kept = [row for row in rows if not row.startswith(f"{patient},{region},")]
     (tmp_path / "moved" / "pathology_data" / "labels.csv").write_text("\n".join(kept) + "\n")
     with pytest.raises(DatasetError, match="1 tiles of the training run are missing or lab"):
-        read_tiles(trained, tmp_path / "moved")
+        read_tiles(open_data(trained, tmp_path / "moved"))
 
 
 def test_labels_and_images_must_be_those_of_the_training(
@@ -271,14 +272,14 @@ def test_labels_and_images_must_be_those_of_the_training(
     swapped = rows.replace("tumor_stroma", "x").replace("invasion_front", "tumor_stroma")
     labels.write_text(swapped.replace(",x", ",invasion_front"))
     with pytest.raises(DatasetError, match="48 tiles of the training run are missing or labelled"):
-        read_tiles(trained, data)
+        read_tiles(open_data(trained, data))
     labels.write_text(rows)
     first, second = (data / name for name in trained.info["split"]["test"][:2])
     kept = first.read_bytes()
     first.write_bytes(second.read_bytes())
     second.write_bytes(kept)
     with pytest.raises(DatasetError, match="is another image than the model was trained on"):
-        read_tiles(trained, data)
+        read_tiles(open_data(trained, data))
 
 
 def test_a_bundle_decides_by_what_calibration_found(bundle_dir: Path, trained: Trained) -> None:
@@ -297,7 +298,7 @@ def test_decisions_are_compared_by_the_fit_of_the_evaluation(
     trained: Trained, exported: tuple[str, dict[str, bytes]], fit: str
 ) -> None:
     precision, models = exported
-    _, held_out = read_tiles(trained, None)
+    _, held_out = read_tiles(open_data(trained, None))
     sessions = {name: open_session("onnxruntime", data) for name, data in models.items()}
     context = sessions["ct_encoder"].run({"ct": held_out.ct.numpy()})
     found = exported_chances(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from cdt_export.build import read_tiles
+from cdt_export.inputs import open_data, read_tiles
 from cdt_export.parity import TOLERANCES, HeldOut
 from cdt_runtime.classifier import FewShotClassifier
 from cdt_runtime.errors import BundleError
@@ -24,7 +24,7 @@ def trained(trained_dir: Path) -> Trained:
 
 @pytest.fixture(scope="module")
 def held_out(trained: Trained) -> HeldOut:
-    return read_tiles(trained, None)[1]
+    return read_tiles(open_data(trained, None))[1]
 
 
 @pytest.fixture(scope="module")

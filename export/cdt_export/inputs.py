@@ -1,0 +1,158 @@
+"""The training data once more: support tiles, what proves an export, and what calibrates it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from cdt_export.parity import HeldOut
+from cdt_runtime.errors import DatasetError
+from cdt_train.config import Recipe
+from cdt_train.data import TileDataset, read_dataset
+from cdt_train.data.arrays import CtArrays, TileArrays, load_ct, load_tiles
+from cdt_train.data.dataset import CtSeries, LabelledTile, tile_name
+from cdt_train.progress import bar
+from cdt_train.split import SUPPORT
+from cdt_train.trained import Trained
+
+MAX_HELD_OUT = 256
+"""Held-out tiles that the parity check runs, spread evenly over the test fold."""
+MAX_SERIES = 8
+"""CT series, in their order, that are tried for one that can be read."""
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingData:
+    """The data that a model was trained on, found again and checked.
+
+    Attributes:
+        trained: the model.
+        folder: where the data is now.
+        dataset: its tiles and series.
+        by_name: tiles by the name that the training knew them under.
+    """
+
+    trained: Trained
+    folder: Path
+    dataset: TileDataset
+    by_name: Mapping[str, LabelledTile]
+
+    def tiles(self, names: Sequence[str]) -> TileArrays:
+        """Read tiles.
+
+        Raises:
+            DatasetError: an image is another one than the model was trained on.
+        """
+        tiles = [self.by_name[name] for name in names]
+        classes = tuple(self.trained.info["classes"])
+        arrays = load_tiles(tiles, classes, self.trained.preprocess, self.folder, bar)
+        for name, digest in zip(names, arrays.sha256, strict=True):
+            if digest != self.trained.info["tile_facts"][name][0]:
+                raise DatasetError(
+                    f"{self.folder}: {name} is another image than the model was trained on: give "
+                    f"the --data-dir that it was trained on"
+                )
+        return arrays
+
+    def ct(self, series: Iterable[CtSeries]) -> CtArrays:
+        """Read series; those that can't be used are left out."""
+        chosen = replace(self.dataset, ct=tuple(series))
+        return load_ct(chosen, self.trained.preprocess, self.folder, bar)[0]
+
+    def owners(self, names: Sequence[str]) -> list[str]:
+        """The patient of each tile."""
+        return [self.by_name[name].patient for name in names]
+
+
+def open_data(trained: Trained, data_dir: Path | None) -> TrainingData:
+    """Find the data of a training run again.
+
+    Args:
+        trained: what `load_trained` gave.
+        data_dir: where the data is, if it has moved since.
+
+    Raises:
+        DatasetError: it is gone, or its tiles are missing or labelled otherwise.
+    """
+    folder = data_dir or Path(trained.info["data_dir"])
+    if not folder.exists():
+        raise DatasetError(
+            f"training data not found at {folder}: give --data-dir: prototypes are made from it"
+        )
+    ct_dir = trained.info.get("ct_dir")
+    dataset = read_dataset(trained.info["layout"], folder, Path(ct_dir) if ct_dir else None)
+    by_name = {tile_name(tile, folder): tile for tile in dataset.tiles}
+    facts = trained.info["tile_facts"]
+    absent = [
+        name for name in facts if name not in by_name or by_name[name].label != facts[name][1]
+    ]
+    if absent:
+        raise DatasetError(
+            f"{folder}: {len(absent)} tiles of the training run are missing or labelled otherwise, "
+            f"first {absent[0]}: give the --data-dir that the model was trained on"
+        )
+    return TrainingData(trained, folder, dataset, by_name)
+
+
+def read_tiles(data: TrainingData) -> tuple[TileArrays, HeldOut]:
+    """Read the support tiles, the held-out tiles and the CT that they need.
+
+    Raises:
+        DatasetError: the data has changed.
+    """
+    trained, split = data.trained, data.trained.info["split"]
+    known = data.tiles(_spread_support(split, data.by_name, trained.recipe))
+    rng = np.random.default_rng([trained.recipe.training.seed, SUPPORT])
+    test = data.tiles(rng.permutation(sorted(split["test"]))[:MAX_HELD_OUT].tolist())
+    owners = data.owners(known.names)
+    ct = data.ct(
+        found
+        for n, found in enumerate(data.dataset.ct)
+        if n < MAX_SERIES or found.patient in owners
+    )
+    volume = ct.volumes[:1] if len(ct) else torch.zeros(trained.preprocess.ct_shape)
+    own, of = _own_ct(ct, owners)
+    return known, HeldOut(known.tiles, known.labels, test.tiles, test.labels, volume, own, of)
+
+
+def _own_ct(ct: CtArrays, owners: Sequence[str]) -> tuple[torch.Tensor, NDArray[np.int64]]:
+    """Find each tile's own patient's CT, the first where there are several, as training does.
+
+    Args:
+        ct: volumes of any patients.
+        owners: the patient of each tile.
+
+    Returns:
+        The volumes of these patients, and for each tile which is its own; -1 for none.
+    """
+    patients = [patient for patient in dict.fromkeys(owners) if patient in ct.patients]
+    place = {patient: index for index, patient in enumerate(patients)}
+    volumes = ct.take([ct.patients.index(patient) for patient in patients]).volumes
+    return volumes, np.array([place.get(owner, -1) for owner in owners], dtype=np.int64)
+
+
+def _spread_support(
+    split: Mapping[str, list[str]], by_name: Mapping[str, Any], recipe: Recipe
+) -> list[str]:
+    """Draw k_shot tiles a class outside the test fold, from as many patients as there are."""
+    rng = np.random.default_rng([recipe.training.seed, SUPPORT])
+    names = sorted(split["train"] + split["val"])
+    shuffled = [names[i] for i in rng.permutation(len(names))]
+    chosen = []
+    for label in sorted({by_name[name].label for name in names}):
+        mine = [name for name in shuffled if by_name[name].label == label]
+        turns: dict[str, int] = {}
+        ranked = []
+        for name in mine:
+            patient = by_name[name].patient
+            turns[patient] = turns.get(patient, 0) + 1
+            ranked.append((turns[patient], name))
+        ranked.sort(key=lambda entry: entry[0])
+        chosen += [name for _, name in ranked[: recipe.training.k_shot]]
+    return chosen
