@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -12,20 +13,46 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cdt_export import parity
+from cdt_export import int8_choice, parity
 from cdt_export.graphs import Graph, build_graphs
-from cdt_export.inputs import open_data, read_tiles
+from cdt_export.inputs import TrainingData, open_data, read_calibration, read_tiles
+from cdt_export.int8 import Literal
 from cdt_export.onnx import OPSET, describe, to_onnx
 from cdt_export.parity import HeldOut
 from cdt_runtime import __version__
 from cdt_runtime.backends import Session, open_session
 from cdt_runtime.bundle import Bundle, encoder_identity, write_bundle
-from cdt_runtime.golden import GOLDEN, compare_golden, golden_inputs, golden_outputs
+from cdt_runtime.golden import (
+    ALLOWED,
+    GOLDEN,
+    Run,
+    compare_golden,
+    golden_inputs,
+    golden_outputs,
+)
+from cdt_runtime.preprocess import Preprocess
 from cdt_runtime.prototypes import Prototypes
 from cdt_train.data.arrays import TileArrays
 from cdt_train.progress import bar
 from cdt_train.split_record import SPLIT, SplitRecord
 from cdt_train.trained import Trained
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """Graphs that have passed the gate, and what is to be said of them.
+
+    Attributes:
+        models: ONNX files by graph.
+        precisions: what each graph computes in.
+        golden: content of the golden file.
+        facts: for the manifest.
+    """
+
+    models: Mapping[str, bytes]
+    precisions: Mapping[str, str]
+    golden: bytes
+    facts: Mapping[str, Any]
 
 
 def export_bundle(
@@ -36,33 +63,71 @@ def export_bundle(
     Args:
         trained: what `load_trained` gave.
         output: folder of the bundle.
-        precision: "fp32" or "fp16".
+        precision: "fp32", "fp16", or "int8" for the encoders that gain by it.
         data_dir: the training data, where it has moved since.
 
     Raises:
         DatasetError: the training data can't be read again.
         ParityError: the export does not decide as the model; nothing is written.
+        ExportError: no encoder gains by int8; nothing is written.
     """
-    support, held_out = read_tiles(open_data(trained, data_dir))
+    data = open_data(trained, data_dir)
+    support, held_out = read_tiles(data)
     graphs = build_graphs(trained.model, trained.preprocess, n_classes=len(support.classes))
-    models = {}
-    for graph in bar(graphs, "exporting"):
-        models[graph.name] = to_onnx(graph, fp16=precision == "fp16")
-    sessions = {name: open_session("onnxruntime", data) for name, data in models.items()}
-    record = prove(trained, graphs, sessions, held_out, precision)
-    files = {f"{name}.onnx": data for name, data in models.items()}
+    if precision == "int8":
+        parts = int8_parts(data, graphs, held_out)
+    else:
+        parts = plain_parts(trained, graphs, held_out, precision)
+    sessions = open_all(parts.models)
+    compare_golden(parts.golden, _run(sessions), tolerance=ALLOWED[precision], what="the export")
+    files = {f"{name}.onnx": model for name, model in parts.models.items()}
     encoder = encoder_identity(files, trained.preprocess)
-    prototypes = support_prototypes(trained, support, held_out, sessions, encoder)
-    files |= prototypes.to_files()
-    files[SPLIT] = SplitRecord.of(trained.info).to_bytes()
-    files[GOLDEN] = golden_file(trained, graphs)
-    compare_golden(
-        files[GOLDEN],
-        lambda name, inputs: sessions[name].run(inputs),
-        tolerance=parity.TOLERANCES[precision].relative,
-        what="the export",
-    )
-    return write_bundle(output, files, _facts(trained, graphs, record, precision))
+    files |= support_prototypes(trained, support, held_out, sessions, encoder).to_files()
+    files |= {SPLIT: SplitRecord.of(trained.info).to_bytes(), GOLDEN: parts.golden}
+    facts = {**_facts(trained, graphs, parts.precisions), **parts.facts, "precision": precision}
+    return write_bundle(output, files, facts)
+
+
+def plain_parts(trained: Trained, graphs: list[Graph], held_out: HeldOut, precision: str) -> Parts:
+    """Export all graphs in one precision, "fp32" or "fp16".
+
+    Raises:
+        ParityError: they do not decide as the model.
+    """
+    models = export_all(graphs, fp16=precision == "fp16")
+    precisions = {graph.name: graph.precision_in(precision) for graph in graphs}
+    record = prove(trained, graphs, open_all(models), held_out, precisions)
+    golden = golden_file(trained.preprocess, _run_torch(graphs))
+    return Parts(models, precisions, golden, {"parity": record})
+
+
+def int8_parts(data: TrainingData, graphs: list[Graph], held_out: HeldOut) -> Parts:
+    """Export the encoders that gain by it in int8, and everything else in float32.
+
+    Raises:
+        ParityError: even in float32 the graphs do not decide as the model.
+        ExportError: no encoder gains.
+    """
+
+    def passes(models: Mapping[str, bytes], precisions: Mapping[str, str]) -> dict[str, Any]:
+        return prove(data.trained, graphs, open_all(models), held_out, precisions)
+
+    calibration = read_calibration(data, held_out.ct)
+    mixed = int8_choice.choose(graphs, export_all(graphs, fp16=False), calibration, passes)
+    literal = {name: Literal(model) for name, model in mixed.models.items()}
+    golden = golden_file(data.trained.preprocess, _run(literal))
+    facts = {"parity": mixed.parity, "int8": int8_choice.as_record(mixed, calibration)}
+    return Parts(mixed.models, mixed.precisions, golden, facts)
+
+
+def export_all(graphs: Iterable[Graph], *, fp16: bool) -> dict[str, bytes]:
+    """Export graphs to ONNX, by name."""
+    return {graph.name: to_onnx(graph, fp16=fp16) for graph in bar(graphs, "exporting")}
+
+
+def open_all(models: Mapping[str, bytes]) -> dict[str, Session]:
+    """Open graphs in the engine that is always there."""
+    return {name: open_session("onnxruntime", model) for name, model in models.items()}
 
 
 def prove(
@@ -70,9 +135,16 @@ def prove(
     graphs: list[Graph],
     sessions: Mapping[str, Session],
     held_out: HeldOut,
-    precision: str,
+    precisions: Mapping[str, str],
 ) -> dict[str, Any]:
     """Compare the exported graphs with PyTorch on held-out data.
+
+    Args:
+        trained: the model.
+        graphs: its modules.
+        sessions: the exported graphs by name.
+        held_out: data that training has not seen.
+        precisions: what each graph computes in; decisions are held to the coarsest.
 
     Returns:
         The figures, as the manifest keeps them.
@@ -80,8 +152,9 @@ def prove(
     Raises:
         ParityError: a figure is out of bounds.
     """
-    tolerance = parity.TOLERANCES[precision]
-    compared = parity.compare_graphs(graphs, sessions, held_out)
+    coarsest = next(name for name in ("int8", "fp16", "fp32") if name in precisions.values())
+    tolerance = parity.TOLERANCES[coarsest]
+    compared = parity.compare_graphs(graphs, sessions, held_out, precisions)
     decisions = parity.compare_decisions(
         trained.model,
         sessions,
@@ -124,18 +197,26 @@ def support_prototypes(
     )
 
 
-def golden_file(trained: Trained, graphs: list[Graph]) -> bytes:
-    """Record what PyTorch answers to the golden inputs, as an `.npz` file."""
+def golden_file(preprocess: Preprocess, run: Run) -> bytes:
+    """Record what `run` answers to the golden inputs, as an `.npz` file."""
+    inputs = golden_inputs(preprocess)
+    buffer = io.BytesIO()
+    np.savez(buffer, allow_pickle=False, **inputs, **golden_outputs(inputs, run))
+    return buffer.getvalue()
+
+
+def _run(sessions: Mapping[str, Session]) -> Run:
+    return lambda name, inputs: sessions[name].run(inputs)
+
+
+def _run_torch(graphs: list[Graph]) -> Run:
     modules = {graph.name: graph for graph in graphs}
 
     def run(name: str, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         tensors = {key: torch.from_numpy(value) for key, value in inputs.items()}
         return parity.run_module(modules[name], tensors)
 
-    inputs = golden_inputs(trained.preprocess)
-    buffer = io.BytesIO()
-    np.savez(buffer, allow_pickle=False, **inputs, **golden_outputs(inputs, run))
-    return buffer.getvalue()
+    return run
 
 
 def _sides(split: Mapping[str, list[str]]) -> str:
@@ -144,24 +225,20 @@ def _sides(split: Mapping[str, list[str]]) -> str:
     return f"{train} tiles to train, {val} to validate, {test} to test"
 
 
-def _facts(
-    trained: Trained, graphs: list[Graph], record: Mapping[str, Any], precision: str
-) -> dict[str, Any]:
+def _facts(trained: Trained, graphs: list[Graph], precisions: Mapping[str, str]) -> dict[str, Any]:
     graph_facts = {}
     for graph in graphs:
         outputs = parity.run_module(graph, graph.inputs)
         tensors = {name: torch.from_numpy(value) for name, value in outputs.items()}
-        graph_facts[graph.name] = describe(graph, tensors)
+        graph_facts[graph.name] = describe(graph, tensors, precisions[graph.name])
     info = trained.info
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "producer": f"cdt-edge {__version__}",
         "notice": "research use only, not a medical device",
-        "precision": precision,
         "opset": OPSET,
         "graphs": graph_facts,
         "preprocess": trained.preprocess.to_dict(),
-        "parity": record,
         "training": {
             "data": f"{info['data']} ({_sides(info['split'])})",
             "phantom": info["phantom"],

@@ -15,6 +15,7 @@ EXAMPLES = """
 \b
 Examples:
   cdt-export --fp16                         from models/best_model.pt
+  cdt-export --int8                         for a CPU: int8 where it gains
   cdt-export --checkpoint out/best_model.pt --output engines/lung
 
 \b
@@ -22,6 +23,9 @@ The prototypes are made from support tiles of the training data, and the
 proof runs on its held-out tiles: that data must be at hand (--data-dir, if
 it has moved). Ends with a parity table; a bundle that does not decide as the
 model is not written, and the exit code is 2.
+With --int8 an encoder is in int8 only if it is faster in every CPU engine
+that is installed here and the decisions stay; the last lines say which are,
+and why the others are not. Calibrated on training tiles and CT.
 Research use only: not a medical device.
 """
 
@@ -34,22 +38,31 @@ Research use only: not a medical device.
     "--output", metavar="DIR", help="The bundle.  [default: engines/DATA-Kshot-PRECISION]"
 )
 @click.option("--fp16", is_flag=True, help="Compute in float16: half the size, faster on a GPU.")
+@click.option("--int8", is_flag=True, help="Encoders in int8 where they gain: faster on a CPU.")
 @click.option("--data-dir", metavar="DIR", help="Where the training data is now, if it has moved.")
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest in place of the table.")
 @click.version_option(__version__, prog_name="cdt-export")
 def export_command(
-    checkpoint: str, output: str | None, fp16: bool, data_dir: str | None, as_json: bool
+    checkpoint: str,
+    output: str | None,
+    fp16: bool,
+    int8: bool,
+    data_dir: str | None,
+    as_json: bool,
 ) -> None:
     """Turn a trained model into a bundle that runs without PyTorch.
 
     The bundle holds the ONNX graphs, the class prototypes and everything that
     cdt-infer needs, each file with its hash.
     """
+    if fp16 and int8:
+        raise click.UsageError("--fp16 and --int8: give one, --fp16 for a GPU or --int8 for a CPU")
     from cdt_export.build import export_bundle
-    from cdt_export.parity import as_text
+    from cdt_export.int8_choice import choice_text
+    from cdt_export.report import parity_text
     from cdt_train.trained import load_trained
 
-    precision = "fp16" if fp16 else "fp32"
+    precision = "fp16" if fp16 else "int8" if int8 else "fp32"
     trained = load_trained(Path(checkpoint))
     data = "phantom" if trained.info["phantom"] else trained.info["layout"]
     name = f"{data}-{trained.recipe.training.k_shot}shot-{precision}"
@@ -63,7 +76,9 @@ def export_command(
         click.echo(json.dumps(bundle.manifest, indent=1))
         return
     size = sum(entry["bytes"] for entry in bundle.manifest["files"].values())
-    click.echo(as_text(bundle.manifest["parity"]))
+    click.echo(parity_text(bundle.manifest["parity"]))
+    if int8:
+        click.echo("\n" + choice_text(bundle.manifest["int8"]))
     click.echo(f"\nbundle    {bundle.path} ({precision}, {size / 1e6:.1f} MB, {bundle.identity})")
     click.echo(f"trained   on {bundle.manifest['training']['data']}")
     click.echo(f"next      cdt-infer CT_DIR TILE --bundle {bundle.path}")

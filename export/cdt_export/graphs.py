@@ -33,14 +33,35 @@ class BridgeGraph(nn.Module):
         return self.bridge.combine(tile_tokens, residual, ct_present), residual
 
 
+class Decider(nn.Module):
+    """Bridge and head: what stands behind the tile encoder."""
+
+    def __init__(self, bridge: Bridge, head: PrototypicalHead) -> None:
+        super().__init__()
+        self.bridge = BridgeGraph(bridge)
+        self.head = head
+
+    def forward(
+        self,
+        tile_tokens: Tensor,
+        ct_tokens: Tensor,
+        ct_present: Tensor,
+        prototypes: Tensor,
+        scale: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Classify encoded tiles; inputs and outputs are those of the parts."""
+        embedding, residual = self.bridge(tile_tokens, ct_tokens, ct_present)
+        logits, distances = self.head(embedding, prototypes, scale)
+        return logits, distances, embedding, residual
+
+
 class TileClassifier(nn.Module):
     """Tile encoder, bridge and head in one graph: what the hot path runs."""
 
-    def __init__(self, path_encoder: nn.Module, bridge: nn.Module, head: PrototypicalHead) -> None:
+    def __init__(self, path_encoder: nn.Module, decider: Decider) -> None:
         super().__init__()
         self.path_encoder = path_encoder
-        self.bridge = bridge
-        self.head = head
+        self.decider = decider
 
     def forward(
         self,
@@ -52,9 +73,10 @@ class TileClassifier(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Classify tiles; inputs and outputs are those of the parts."""
         tokens = self.path_encoder(tile)
-        embedding, residual = self.bridge(tokens, ct_tokens, ct_present)
-        logits, distances = self.head(embedding, prototypes, scale)
-        return logits, distances, embedding, residual
+        found: tuple[Tensor, Tensor, Tensor, Tensor] = self.decider(
+            tokens, ct_tokens, ct_present, prototypes, scale
+        )
+        return found
 
 
 class HalfPrecision(nn.Module):
@@ -76,6 +98,10 @@ class HalfPrecision(nn.Module):
         return tuple(output.float() for output in outputs)
 
 
+EXACT = (BridgeGraph, PrototypicalHead)
+"""Modules that stay in float32 whatever the precision of a bundle."""
+
+
 def in_half_precision(module: nn.Module) -> nn.Module:
     """Return a copy that computes in float16, but for the bridge and the head.
 
@@ -83,8 +109,8 @@ def in_half_precision(module: nn.Module) -> nn.Module:
     half precision would lose.
     """
     if isinstance(module, TileClassifier):
-        return TileClassifier(in_half_precision(module.path_encoder), module.bridge, module.head)
-    if isinstance(module, PrototypicalHead | BridgeGraph):
+        return TileClassifier(in_half_precision(module.path_encoder), module.decider)
+    if isinstance(module, EXACT):
         return module
     return HalfPrecision(copy.deepcopy(module))
 
@@ -106,6 +132,10 @@ class Graph:
     inputs: dict[str, Tensor]
     outputs: tuple[str, ...]
     dynamic: dict[str, dict[int, str]]
+
+    def precision_in(self, bundle: str) -> str:
+        """The precision that it computes in, in a bundle of that precision."""
+        return "fp32" if isinstance(self.module, EXACT) else bundle
 
 
 def build_graphs(model: TransferModel, preprocess: Preprocess, *, n_classes: int) -> list[Graph]:
@@ -152,9 +182,25 @@ def build_graphs(model: TransferModel, preprocess: Preprocess, *, n_classes: int
         ),
         Graph(
             "tile_classifier",
-            TileClassifier(encoder, bridge, model.head),
+            TileClassifier(encoder, Decider(model.bridge, model.head)),
             {"tile": tile, **context, **head},
             ("logits", "distances", "embedding", "ct_residual"),
             {"tile": batch, "prototypes": classes},
         ),
     ]
+
+
+def behind_encoder(classifier: Graph) -> Graph:
+    """The tile classifier without its encoder: tile tokens in, in place of the tile."""
+    module, inputs = classifier.module, dict(classifier.inputs)
+    assert isinstance(module, TileClassifier)
+    with torch.no_grad():
+        tokens = module.path_encoder(inputs.pop("tile"))
+    dynamic = {name: axes for name, axes in classifier.dynamic.items() if name != "tile"}
+    return Graph(
+        "decider",
+        module.decider,
+        {"tile_tokens": tokens, **inputs},
+        classifier.outputs,
+        {"tile_tokens": {0: "batch"}, **dynamic},
+    )

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from cdt_export.int8_choice import Calibration
 from cdt_export.parity import HeldOut
 from cdt_runtime.errors import DatasetError
 from cdt_train.config import Recipe
@@ -24,7 +25,11 @@ from cdt_train.trained import Trained
 MAX_HELD_OUT = 256
 """Held-out tiles that the parity check runs, spread evenly over the test fold."""
 MAX_SERIES = 8
-"""CT series, in their order, that are tried for one that can be read."""
+"""CT series, in their order, that are tried for one that can be read; as many calibrate int8."""
+CALIBRATION_TILES = 128
+"""Training tiles that calibrate int8."""
+CALIBRATION = 100
+"""Purpose of the random numbers that choose them, as `cdt_train.split` has its own."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,3 +161,23 @@ def _spread_support(
         ranked.sort(key=lambda entry: entry[0])
         chosen += [name for _, name in ranked[: recipe.training.k_shot]]
     return chosen
+
+
+def read_calibration(data: TrainingData, proved_on: torch.Tensor) -> Calibration:
+    """Read what int8 graphs are calibrated with: nothing that validates, tests or proves.
+
+    Args:
+        data: of the training run.
+        proved_on: `(1, W, D, S, S)`, the volume of the parity gate.
+
+    Raises:
+        DatasetError: the data has changed.
+    """
+    trained, split = data.trained, data.trained.info["split"]
+    rng = np.random.default_rng([trained.recipe.training.seed, CALIBRATION])
+    chosen = rng.permutation(sorted(split["train"]))[:CALIBRATION_TILES].tolist()
+    others = {*data.owners(split["val"]), *data.owners(split["test"])}
+    series = [found for found in data.dataset.ct if found.patient not in others]
+    ct = data.ct(series[: MAX_SERIES + 1])
+    kept = [n for n, volume in enumerate(ct.volumes) if not torch.equal(volume, proved_on[0])]
+    return Calibration(data.tiles(chosen).tiles, ct.take(kept).volumes)

@@ -63,12 +63,13 @@ def to_onnx(graph: Graph, *, fp16: bool) -> bytes:
     return data
 
 
-def describe(graph: Graph, outputs: dict[str, Tensor]) -> dict[str, Any]:
-    """Names, shapes and dtypes of a graph, as the manifest records them.
+def describe(graph: Graph, outputs: dict[str, Tensor], precision: str) -> dict[str, Any]:
+    """Precision, names, shapes and dtypes of a graph, as the manifest records them.
 
     A dynamic axis is given by its name.
     """
     return {
+        "precision": precision,
         "inputs": {
             name: {
                 "shape": [

@@ -11,6 +11,7 @@
     ├── BundleError             a bundle: missing, altered, of another version
     ├── PrototypeError          a support set or prototypes that can't be used
     ├── BackendError            an inference engine that can't run here
+    ├── ExportError             an export that can't be made as it was asked for
     ├── ParityError             an export that does not decide as the model it came from
     └── MissingDependencyError  an optional part that is not installed
 
@@ -65,6 +66,10 @@ class PrototypeError(CdtError):
 
 class BackendError(CdtError):
     """An inference engine can't run on this machine."""
+
+
+class ExportError(CdtError):
+    """An export can't be made as it was asked for."""
 
 
 class ParityError(CdtError):

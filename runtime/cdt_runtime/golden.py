@@ -1,7 +1,8 @@
 """Golden values: the self-test of a bundle, on any engine and any machine.
 
-The inputs are generated, so that no patient's pixels travel in a bundle; the outputs are what the
-PyTorch model gave for them.
+The inputs are generated, so that no patient's pixels travel in a bundle. The outputs are what the
+PyTorch model gave for them; in a bundle in int8, whose graphs differ from it on purpose, what the
+graphs give when they are computed as they are written, in float.
 """
 
 from __future__ import annotations
@@ -23,9 +24,12 @@ from cdt_runtime.prototypes import class_means
 
 GOLDEN = "golden.npz"
 
-FULL, HALF = 1e-3, 2e-2
+FULL, HALF, EIGHT_BIT = 1e-3, 2e-2, 5e-2
 """How far an output may be off, as a share of its range: rounding of float32 sums in another order
-stays below 1e-4, of float16 and bfloat16 below 1e-2."""
+stays below 1e-4, of float16 and bfloat16 below 1e-2. One step of uint8 is 4e-3, and engines round
+at other places (pooled values too, or not): below 2e-2."""
+ALLOWED = {"fp32": FULL, "fp16": HALF, "int8": EIGHT_BIT}
+"""The same by the precision of a bundle."""
 
 WARMUP, ROUNDS = 3, 11
 """Calls before and in a measurement: enough to rank engines, and over in the time of a start."""
@@ -98,11 +102,13 @@ def self_test(bundle: Bundle, backend: str, precision: Precision = "auto") -> di
         name: open_session(backend, bundle.read(f"{name}.onnx"), precision)
         for name in bundle.manifest["graphs"]
     }
-    half = bundle.manifest["precision"] != "fp32" or any(one.half for one in sessions.values())
+    tolerance = ALLOWED[bundle.manifest["precision"]]
+    if any(one.half for one in sessions.values()):
+        tolerance = max(tolerance, HALF)
     return compare_golden(
         bundle.read(GOLDEN),
         lambda name, inputs: sessions[name].run(inputs),
-        tolerance=HALF if half else FULL,
+        tolerance=tolerance,
         what=f"{bundle.path.name} on {backend}",
     )
 

@@ -1,0 +1,30 @@
+"""What an export tells the reader."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def parity_text(record: Mapping[str, Any]) -> str:
+    """Return the parity table for the reader."""
+    head = f"{'graph':<16} {'in':>4}"
+    lines = [f"{head} {'max difference':>15} {'of its range':>13} {'min cosine':>11}"]
+    lines += [
+        f"{row['graph']:<16} {row['precision']:>4} {row['max_difference']:>15.2e} "
+        f"{row['relative']:>13.2e} {row['cosine']:>11.7f}"
+        for row in record["graphs"]
+    ]
+    lines += [
+        "",
+        f"{'held-out tiles':<16} {'flips':>9} {'ties':>5} {'probability':>12} {'accuracy':>9}",
+    ]
+    lines += [
+        f"{row['context']:<16} {row['label_flips']:>3} of {row['tiles']:<3} {row['ties']:>4} "
+        f"{row['max_probability_change']:>12.2e} {row['accuracy']:>9.3f}"
+        for row in record["decisions"]
+    ]
+    lines += ["", "ties: tiles that the model itself leaves undecided, whichever way they round"]
+    if any(2 * row["ties"] > row["tiles"] for row in record["decisions"]):
+        lines.append("warning: most are ties: these decisions prove little; train the model longer")
+    return "\n".join(lines)
