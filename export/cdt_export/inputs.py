@@ -180,4 +180,4 @@ def read_calibration(data: TrainingData, proved_on: torch.Tensor) -> Calibration
     series = [found for found in data.dataset.ct if found.patient not in others]
     ct = data.ct(series[: MAX_SERIES + 1])
     kept = [n for n, volume in enumerate(ct.volumes) if not torch.equal(volume, proved_on[0])]
-    return Calibration(data.tiles(chosen).tiles, ct.take(kept).volumes)
+    return Calibration(data.tiles(chosen).tiles, ct.take(kept[:MAX_SERIES]).volumes)

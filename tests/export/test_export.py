@@ -134,16 +134,17 @@ def test_an_export_with_one_weight_changed_is_refused(
     precision, models = exported
     _, held_out = read_tiles(open_data(trained, None))
     graphs = build_graphs(trained.model, trained.preprocess, n_classes=2)
+    precisions = {graph.name: graph.precision_in(precision) for graph in graphs}
     sessions = {name: open_session("onnxruntime", data) for name, data in models.items()}
     if broken is None:
-        prove(trained, graphs, sessions, held_out, precision)
+        prove(trained, graphs, sessions, held_out, precisions)
         return
     altered = change_one_weight(models[broken], LAST_BIAS[broken])
     sessions[broken] = open_session("onnxruntime", altered)
     with pytest.raises(
         ParityError, match=rf"{broken}: differs from PyTorch by .* no bundle was wr"
     ):
-        prove(trained, graphs, sessions, held_out, precision)
+        prove(trained, graphs, sessions, held_out, precisions)
 
 
 def test_answers_that_are_no_numbers_are_refused(
@@ -152,6 +153,7 @@ def test_answers_that_are_no_numbers_are_refused(
     precision, models = exported
     _, held_out = read_tiles(open_data(trained, None))
     graphs = build_graphs(trained.model, trained.preprocess, n_classes=2)
+    precisions = {graph.name: graph.precision_in(precision) for graph in graphs}
 
     class Broken:
         engine = "broken"
@@ -162,7 +164,7 @@ def test_answers_that_are_no_numbers_are_refused(
 
     sessions = {name: open_session("onnxruntime", data) for name, data in models.items()}
     with pytest.raises(ParityError, match="head: logits is not finite"):
-        prove(trained, graphs, {**sessions, "head": Broken()}, held_out, precision)
+        prove(trained, graphs, {**sessions, "head": Broken()}, held_out, precisions)
 
 
 def test_nothing_is_written_when_parity_fails(
