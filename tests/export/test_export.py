@@ -18,7 +18,7 @@ from cdt_export.parity import TOLERANCES, compare_decisions, exported_chances
 from cdt_runtime.backends import open_session
 from cdt_runtime.bundle import Bundle
 from cdt_runtime.errors import BundleError, CheckpointError, DatasetError, ParityError
-from cdt_runtime.golden import self_test
+from cdt_runtime.golden import ALLOWED, self_test
 from cdt_runtime.prototypes import FACTS, FITS, fit_prototypes, softmax
 from cdt_train.split_record import SplitRecord
 from cdt_train.trained import Trained, load_trained
@@ -193,7 +193,7 @@ def test_encoders_in_half_precision_answer_rightly_on_a_cpu(
         assert full == 0
     gaps = self_test(Bundle.open(fp16_dir), "onnxruntime")
     assert max(gaps.values()) > 0  # it did compute in half precision
-    monkeypatch.setattr("cdt_runtime.golden.HALF", 1e-9)
+    monkeypatch.setitem(ALLOWED, "fp16", 1e-9)
     with pytest.raises(
         ParityError, match=r"half on onnxruntime: out_\w+ is off by .* allowed 1e-09"
     ):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import click.testing
 import numpy as np
 import onnx
 import pytest
@@ -15,7 +15,7 @@ import torch
 from onnx import TensorProto, numpy_helper
 
 from cdt_export import int8, int8_choice
-from cdt_export.build import export_all, export_bundle, open_all, prove
+from cdt_export.build import export_all, open_all, prove
 from cdt_export.cli import export_command
 from cdt_export.graphs import Graph, behind_encoder, build_graphs
 from cdt_export.inputs import TrainingData, open_data, read_calibration, read_tiles
@@ -80,11 +80,22 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def int8_dir(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def exported(
+    trained_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, click.testing.Result]:
+    """A bundle, and what the command that wrote it said."""
     folder = tmp_path_factory.mktemp("engines") / "eight"
+    words = ["--checkpoint", trained_dir / "best_model.pt", "--int8", "--output", folder]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(int8_choice, "time_shares", lambda *_: FAST)
-        return export_bundle(trained, folder, precision="int8", data_dir=None).path
+        said = click.testing.CliRunner().invoke(export_command, [str(word) for word in words])
+    assert said.exit_code == 0
+    return folder, said
+
+
+@pytest.fixture(scope="module")
+def int8_dir(exported: tuple[Path, click.testing.Result]) -> Path:
+    return exported[0]
 
 
 def test_only_the_training_side_calibrates(
@@ -308,7 +319,10 @@ def test_the_manifest_says_what_is_in_int8(int8_dir: Path) -> None:
     assert manifest["precision"] == "int8"
     assert {row["graph"]: row["precision"] for row in manifest["parity"]["graphs"]} == kinds
     assert [row["label_flips"] for row in manifest["parity"]["decisions"]] == [0, 0]
-    assert all(facts["time"] == FAST for facts in manifest["int8"]["encoders"].values())
+    assert {name: facts["time"] for name, facts in manifest["int8"]["encoders"].items()} == {
+        "path_encoder": FAST,
+        "ct_encoder": FAST,
+    }
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
@@ -321,9 +335,7 @@ def test_each_engine_computes_an_int8_bundle_as_it_is_written(
     assert len(classifier.predict(tiles, phantom_dir / "new_patient" / "ct")) == len(tiles)
 
 
-def test_golden_values_are_those_of_the_int8_graphs(
-    int8_dir: Path, bundle_dir: Path, trained: Trained
-) -> None:
+def test_golden_values_are_those_of_the_int8_graphs(int8_dir: Path, trained: Trained) -> None:
     bundle = Bundle.open(int8_dir)
     literal = {name: Literal(bundle.read(f"{name}.onnx")) for name in bundle.manifest["graphs"]}
     stored = np.load(int8_dir / "golden.npz")
@@ -341,20 +353,17 @@ def test_an_engine_that_computes_int8_wrongly_is_refused(int8_dir: Path, tmp_pat
         self_test(wrong, "onnxruntime")
 
 
-@pytest.mark.usefixtures("fast")
 def test_the_command_says_which_encoders_are_in_int8(
-    trained_dir: Path, tmp_path: Path, shell: Shell, monkeypatch: pytest.MonkeyPatch
+    exported: tuple[Path, click.testing.Result],
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    code, out, err = shell(export_command, "--checkpoint", trained_dir / "best_model.pt", "--int8")
-    assert (code, err) == (0, "")
+    folder, said = exported
+    assert said.stderr == ""
     for name in int8_choice.ENCODERS:
         kept = "int8, 0.50 (onnxruntime), 0.70 (openvino) of the time in float"
-        assert f"{name:<16} {kept}\n" in out
-    assert "calibrated       on 12 training tiles, 2 CT volumes\n" in out
-    assert "bundle    engines/phantom-2shot-int8 (int8, " in out
-    facts = json.loads((tmp_path / "engines" / "phantom-2shot-int8" / "bundle.json").read_text())
-    assert facts["int8"]["calibration"] == {"tiles": 12, "ct": 2}
+        assert f"{name:<16} {kept}\n" in said.stdout
+    assert "calibrated       on 12 training tiles, 2 CT volumes\n" in said.stdout
+    assert f"bundle    {folder} (int8, " in said.stdout
+    assert Bundle.open(folder).manifest["int8"]["calibration"] == {"tiles": 12, "ct": 2}
 
 
 def test_only_one_precision_can_be_asked_for(shell: Shell) -> None:
