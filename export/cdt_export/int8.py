@@ -38,7 +38,7 @@ def quantise(graph: bytes, calibration: Sequence[Arrays]) -> bytes:
     """Bring the convolutions of a graph, but for the first, to int8.
 
     Args:
-        graph: a single-file ONNX model in float32 with two convolutions or more.
+        graph: a single-file ONNX model in float32; each of its convolutions has a bias.
         calibration: inputs of the graph, as training knew them.
 
     Returns:
