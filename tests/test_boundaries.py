@@ -39,6 +39,11 @@ FORBIDDEN = {
     "cdt_train": {"cdt_export", "onnx", "onnxscript"},
     "cdt_export": set(),
 }
+ALLOWED = {
+    # The heat map's writer, and its absence said before the work: with the `wsi` extra alone.
+    "runtime/cdt_runtime/cli.py": {"tifffile"},
+    "runtime/cdt_runtime/slides/heatmap.py": {"tifffile"},
+}
 HEAVY = ("numpy", "torch", "onnxruntime", "onnx", "pydicom", "tifffile", "matplotlib", "pydantic")
 MODULES = [
     pytest.param(name, path, id=str(path.relative_to(ROOT)))
@@ -59,7 +64,8 @@ def imports(path: Path) -> Iterator[str]:
 
 @pytest.mark.parametrize(("package", "path"), MODULES)
 def test_no_import_points_the_wrong_way(package: str, path: Path) -> None:
-    assert set(imports(path)) & FORBIDDEN[package] == set()
+    allowed = ALLOWED.get(path.relative_to(ROOT).as_posix(), set())
+    assert set(imports(path)) & FORBIDDEN[package] == allowed
 
 
 def test_a_wrong_import_would_be_seen(tmp_path: Path) -> None:

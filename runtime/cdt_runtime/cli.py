@@ -26,7 +26,7 @@ Examples:
   cdt-infer ct/R_001 tile.tif              class, probabilities, distances
   cdt-infer ct/R_001 *.tif --json          one JSON object a line
   cdt-infer ct/R_001 tiles/                every tile of a folder
-  cdt-infer ct/R_001 slide.svs --slide     a whole slide: table, areas, heat map
+  cdt-infer ct/R_001 slide.svs --slide     a whole slide: table, areas, map
   cdt-infer --no-ct tile.tif               the tile alone
 
 \b
