@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -95,9 +95,10 @@ class Regions:
         for key in [key for key in self._cache if self._bottom(key) <= row]:
             del self._cache[key]
 
-    def forget(self) -> None:
-        """Let go of everything."""
-        self._cache.clear()
+    def forget_all_but(self, boxes: Iterable[Box]) -> None:
+        """Let go of what none of the boxes needs."""
+        needed = {key for box in boxes for key in self._keys(box)}
+        self._cache = {key: kept for key, kept in self._cache.items() if key in needed}
 
     def _bottom(self, key: _Key) -> int:
         return (key.row + 1) * self._level.pages[key.page].segment[0]

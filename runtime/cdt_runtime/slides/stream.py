@@ -92,7 +92,7 @@ def _decoding_ahead(regions: Regions, grid: Grid, places: Places) -> Iterator[Pl
     for at, row in enumerate(rows):
         begins = at == 0 or row[0][1] // STRIP != rows[at - 1][0][1] // STRIP
         if begins:
-            regions.forget()
+            regions.forget_all_but(grid.box(*place) for place in row)
         regions.forget_above(grid.box(*row[0]).top)
         for place in [*row, *(rows[at + 1] if at + 1 < len(rows) else ())]:
             regions.want(grid.box(*place))

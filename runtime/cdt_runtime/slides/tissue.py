@@ -100,7 +100,8 @@ def otsu(values: NDArray[Any]) -> float:
     """Return the threshold that parts a histogram into two of least spread.
 
     Args:
-        values: any shape; where all are the same there is nothing above the threshold.
+        values: any shape; where all are the same there is nothing above the threshold. Between two
+            heaps with nothing between them it lies in the middle.
     """
     if values.size == 0:
         return 0.0
@@ -112,7 +113,8 @@ def otsu(values: NDArray[Any]) -> float:
     with np.errstate(divide="ignore", invalid="ignore"):
         gap = sums / below - (sums[-1] - sums) / above
         between = np.nan_to_num(below * above * gap**2)
-    return float(edges[int(between.argmax()) + 1])
+    best = np.flatnonzero(between >= between.max() * (1 - 1e-9))
+    return float(edges[int(best.mean()) + 1])
 
 
 def _reduced(
