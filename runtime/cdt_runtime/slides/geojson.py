@@ -82,5 +82,5 @@ def _feature(
 
 
 def _scaled(ring: Ring, side: float) -> list[list[float]]:
-    """Coordinates x, y of a ring, the other way round: outer rings run as RFC 7946 asks."""
-    return [[round(column * side, 2), round(row * side, 2)] for row, column in reversed(ring)]
+    """Coordinates x, y of a ring: outer ones turn from x to y, as RFC 7946 asks, holes back."""
+    return [[round(column * side, 2), round(row * side, 2)] for row, column in ring]

@@ -99,8 +99,8 @@ def _edges(cells: NDArray[np.int64]) -> dict[Corner, list[int]]:
 def _walk(leaving: dict[Corner, list[int]], start: Corner) -> Ring:
     """Take the edges of one ring out of `leaving`; only corners where it turns are kept.
 
-    Where two cells touch at a corner alone it turns towards the area, so that no ring crosses
-    itself.
+    Where two cells touch at a corner alone it turns away from the area. Each ring then goes around
+    one piece of what lies outside, so that none meets itself: a hole touches at the most.
     """
     corner, direction = start, leaving[start][0]
     ring: Ring = []
@@ -108,8 +108,8 @@ def _walk(leaving: dict[Corner, list[int]], start: Corner) -> Ring:
     while corner in leaving:
         ways = leaving[corner]
         if last is not None:
-            towards = [(last + 1) % 4, last, (last + 3) % 4]
-            direction = next(way for way in towards if way in ways)
+            away = [(last + 3) % 4, last, (last + 1) % 4]
+            direction = next(way for way in away if way in ways)
         ways.remove(direction)
         if not ways:
             del leaving[corner]
