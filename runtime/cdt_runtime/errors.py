@@ -21,6 +21,9 @@ on stderr and exit with code 2. Anything else that is raised is a bug and keeps 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class CdtError(Exception):
     """Base of every error that a user can mend."""
@@ -38,6 +41,15 @@ class SeriesError(InputError):
 
 class TileError(InputError):
     """A pathology tile can't be used."""
+
+
+@contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Put the name of the file before what is wrong with it."""
+    try:
+        yield
+    except TileError as error:
+        raise TileError(f"{name}: {error}") from error
 
 
 class DatasetError(InputError):

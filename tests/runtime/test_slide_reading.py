@@ -213,6 +213,10 @@ def test_a_slide_smaller_than_a_tile_is_refused(tmp_path: Path) -> None:
         grid_of(pyramid.levels[0], 0.5, 40.0)
 
 
+def whole(pixels: np.ndarray[Any, Any]) -> Small:
+    return Small(pixels, (1.0, 1.0), np.zeros(pixels.shape[:2], bool))
+
+
 def tissue_slide() -> np.ndarray[Any, Any]:
     """Glass with one stained rectangle, a pen's stroke and a black border."""
     pixels = np.full((400, 600, 3), 244, np.uint8)
@@ -258,15 +262,15 @@ def closing() -> Iterator[None]:
 
 def test_glass_alone_holds_no_tissue() -> None:
     noise = np.random.default_rng(0).normal(0.96, 0.01, (80, 80, 3)).astype(np.float32)
-    assert not tissue_mask(Small(noise, (1.0, 1.0)), ("R", "G", "B")).any()
+    assert not tissue_mask(whole(noise), ("R", "G", "B")).any()
     dark = np.zeros((80, 80, 2), np.float32)
-    assert not tissue_mask(Small(dark, (1.0, 1.0)), MARKERS).any()
+    assert not tissue_mask(whole(dark), MARKERS).any()
 
 
 def test_markers_are_tissue_where_they_shine() -> None:
     pixels = np.random.default_rng(0).uniform(0, 0.01, (80, 80, 2)).astype(np.float32)
     pixels[20:60, 10:70] += 0.3
-    mask = tissue_mask(Small(pixels, (1.0, 1.0)), MARKERS)
+    mask = tissue_mask(whole(pixels), MARKERS)
     assert mask[22:58, 12:68].all()
     assert mask.sum() <= 40 * 60
 
@@ -278,6 +282,20 @@ def test_the_small_copy_is_the_area_mean_of_a_level(tmp_path: Path) -> None:
     assert small.pixels.shape == (60, 82, 2)
     assert small.scale == (5.0, 5.0)
     assert np.allclose(small.pixels, area_resize(pixels, (60, 82, 2)) / 255, atol=1e-5)
+
+
+def test_a_damaged_part_is_looked_at_all_the_same(tmp_path: Path) -> None:
+    path = write_svs(tmp_path / "s.svs", np.full((256, 256, 3), 250, np.uint8), 0.5, levels=1)
+    with tifffile.TiffFile(path) as file:
+        at = file.pages[0].dataoffsets[5]  # type: ignore[union-attr]
+    data = bytearray(path.read_bytes())
+    data[at : at + 8] = bytes(8)
+    path.write_bytes(data)
+    small = small_copy(_reopened(path), 255, side=128)
+    expected = np.zeros((128, 128), bool)
+    expected[32:64, 32:64] = True
+    assert np.array_equal(small.damaged, expected)
+    assert np.array_equal(tissue_mask(small, ("R", "G", "B")), expected)
 
 
 def test_otsu_parts_two_heaps() -> None:

@@ -168,7 +168,8 @@ def test_a_level_averages_what_has_data() -> None:
 
 
 def test_the_overview_shows_each_class_in_its_colour(tmp_path: Path) -> None:
-    small = Small(np.ones((200, 300, 3), np.float32), (10.0, 10.0))
+    seen = np.ones((200, 300, 3), np.float32)
+    small = Small(seen, (10.0, 10.0), np.zeros((200, 300), bool))
     labels = np.array([[0, 1, -1], [-1, 2, -1]], np.int16)
     looked_at = np.array([[1, 1, 0], [1, 1, 1]], bool)
     path = tmp_path / "overview.png"

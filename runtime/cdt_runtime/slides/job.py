@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cdt_runtime.classifier import FewShotClassifier
-from cdt_runtime.errors import InputError, TileError
+from cdt_runtime.errors import InputError, TileError, naming
 from cdt_runtime.files import write_synced
 from cdt_runtime.prediction import Context
 from cdt_runtime.preprocess import Preprocess
@@ -99,16 +99,14 @@ def plan_slide(
     Raises:
         TileError: the scale is not known, the slide is smaller than a tile, or lacks a channel.
     """
-    try:
+    with naming(pyramid.source):
         wanted, finest, notes = _scales(pyramid, preprocess, mpp)
         places = channel_places(pyramid.channels, preprocess.channels, fill_missing=fill_missing)
         level = level_for(pyramid, wanted, finest)
         microns = wanted * preprocess.image_size
         grid = grid_of(level, finest * level.downsample, microns)
-    except TileError as error:
-        raise TileError(f"{pyramid.source}: {error}") from error
-    glass = 255 if pyramid.channels == RGB and pyramid.bits == 8 else 0
-    small = small_copy(pyramid, glass)
+        glass = 255 if pyramid.channels == RGB and pyramid.bits == 8 else 0
+        small = small_copy(pyramid, glass)
     shares = tissue_shares(grid, tissue_mask(small, pyramid.channels), small)
     reading = Reading(tuple(places.values()), pyramid.bits, glass, pyramid.source)
     return Plan(
@@ -214,11 +212,11 @@ def _taken_up(
     """Begin in an empty folder, or take up what an earlier run of the same found.
 
     Raises:
-        InputError: the folder holds the results of something else.
+        InputError: the folder can't be made, or holds the results of something else.
     """
     kept = out / STATE
     if not kept.exists():
-        out.mkdir(parents=True, exist_ok=True)
+        _make(out)
         table.begin()
         write_synced(kept, json.dumps(state, indent=1).encode())
         return []
@@ -235,6 +233,15 @@ def _taken_up(
     if not (out / GROWING).exists():
         table.begin()
     return table.resumed()
+
+
+def _make(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"--out {out}: can't be made ({error.strerror}): give another folder"
+        ) from error
 
 
 def _batches(classifier: FewShotClassifier, plan: Plan, done: int) -> Iterator[Batch]:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from cdt_runtime.errors import TileError
+from cdt_runtime.errors import TileError, naming
 from cdt_runtime.printable import counted, last_part
 from cdt_runtime.tiff import channel_names, check_photometric, stated_mpp
 from cdt_runtime.tiff_ifd import Ifd, scan, sub_directories
@@ -87,12 +87,10 @@ def open_pyramid(path: Path, channels: Sequence[str] | None = None) -> Iterator[
     except OSError as error:
         raise TileError(f"{name}: can't be read ({error.strerror}): check the file") from error
     with file:
-        try:
+        with naming(name):
             if file.read(4) not in _MAGIC:
                 raise TileError("is not a TIFF slide (OME-TIFF, SVS, tiled TIFF): convert it")
             pyramid = _parse(name, scan(file), channels)
-        except TileError as error:
-            raise TileError(f"{name}: {error}") from error
         yield pyramid
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cdt_runtime.cores import available_cores
+from cdt_runtime.errors import TileError
 from cdt_runtime.slides.pyramid import Level
 from cdt_runtime.tiff_page import Page, decode_segment, read_segment, segment_shape, segment_spans
 
@@ -75,20 +76,32 @@ class Regions:
         Raises:
             TileError: a segment is damaged.
         """
+        pixels, damaged = self.read_what_can_be(box)
+        if damaged:
+            raise next(iter(damaged.values()))
+        return pixels
+
+    def read_what_can_be(self, box: Box) -> tuple[Pixels, dict[Box, TileError]]:
+        """Return the pixels of a box, and the damaged parts of it: those are of glass."""
         self.want(box)
         first = self._level.pages[0]
         shape = (box.height, box.width, self.channels)
-        pixels = np.empty(shape, first.dtype)
+        pixels, damaged = np.empty(shape, first.dtype), {}
         for key in self._keys(box):
             page = self._level.pages[key.page]
             top, left = key.row * page.segment[0], key.column * page.segment[1]
             rows, columns, samples = segment_shape(page, top, left)
             start = key.page * first.samples + key.plane
-            into, of = _overlap(box, Box(top, left, rows, columns))
-            future = self._cache[key]
-            part = self._glass if future is None else future.result()[of]
+            segment = Box(top, left, rows, columns)
+            into, of = _overlap(box, segment)
+            part: Pixels | int = self._glass
+            try:
+                if (future := self._cache[key]) is not None:
+                    part = future.result()[of]
+            except TileError as error:
+                damaged[segment] = error
             pixels[(*into, slice(start, start + samples))] = part
-        return pixels
+        return pixels, damaged
 
     def forget_above(self, row: int) -> None:
         """Let go of what lies wholly above a row of pixels."""

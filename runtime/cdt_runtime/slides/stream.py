@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cdt_runtime.errors import TileError
+from cdt_runtime.errors import TileError, naming
 from cdt_runtime.preprocess import Preprocess
 from cdt_runtime.slides.grid import STRIP, Grid
 from cdt_runtime.slides.regions import Regions
@@ -67,7 +67,9 @@ def tile_batches(
     """
     found: list[tuple[Place, NDArray[Any]]] = []
     failed: list[tuple[Place, str]] = []
-    with Regions(grid.level, reading.glass) as regions:
+    with naming(reading.name):
+        regions = Regions(grid.level, reading.glass)
+    with regions:
         for place in _decoding_ahead(regions, grid, places):
             try:
                 pixels = _in_order(regions.read(grid.box(*place)), reading.order)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,10 +41,12 @@ class Small:
     Attributes:
         pixels: `(h, w, C)` float32, 0 to 1 of the samples' range.
         scale: pixels of the full size a pixel, down and across.
+        damaged: `(h, w)`, what could not be read and is shown as glass.
     """
 
     pixels: Float
     scale: tuple[float, float]
+    damaged: Mask
 
 
 def small_copy(pyramid: Pyramid, glass: int, side: int = SIDE) -> Small:
@@ -60,16 +63,16 @@ def small_copy(pyramid: Pyramid, glass: int, side: int = SIDE) -> Small:
     )
     factor = max(1.0, max(level.height, level.width) / side)
     height, width = max(1, round(level.height / factor)), max(1, round(level.width / factor))
-    top = _top(level, pyramid.bits)
-    rows = []
+    pixels = np.empty((height, width, len(pyramid.channels)), np.float32)
+    damaged = np.zeros((height, width), bool)
     with Regions(level, glass) as regions:
         for start in range(0, height, BLOCK):
             stop = min(start + BLOCK, height)
             first, last = (round(edge * level.height / height) for edge in (start, stop))
-            rows.append(_reduced(regions, level, (first, last), (stop - start, width)) / top)
+            _reduce_rows(regions, level, (first, last), pixels[start:stop], damaged)
             regions.forget_above(last)
-    scale = finest.height / height, finest.width / width
-    return Small(np.concatenate(rows).astype(np.float32), scale)
+    pixels /= _top(level, pyramid.bits)
+    return Small(pixels, (finest.height / height, finest.width / width), damaged)
 
 
 def tissue_mask(small: Small, channels: tuple[str, ...]) -> Mask:
@@ -81,7 +84,7 @@ def tissue_mask(small: Small, channels: tuple[str, ...]) -> Mask:
             shine.
 
     Returns:
-        `(h, w)` bool.
+        `(h, w)` bool. Damaged parts count as tissue, so that they are not passed over in silence.
 
     Source: Otsu 1979 for the threshold, on optical density after Beer and Lambert.
     """
@@ -93,7 +96,7 @@ def tissue_mask(small: Small, channels: tuple[str, ...]) -> Mask:
     else:
         shining = np.sqrt(small.pixels).mean(axis=2)
         found = shining > max(otsu(shining), 1 / LEVELS)
-    return _smoothed(found)
+    return _smoothed(found) | small.damaged
 
 
 def otsu(values: NDArray[Any]) -> float:
@@ -117,19 +120,30 @@ def otsu(values: NDArray[Any]) -> float:
     return float(edges[int(best.mean()) + 1])
 
 
-def _reduced(
-    regions: Regions, level: Level, rows: tuple[int, int], shape: tuple[int, int]
-) -> NDArray[np.float32]:
-    """Read whole rows, a part of their width at a time, and average them down."""
-    height, width = shape
-    parts = []
+def _reduce_rows(
+    regions: Regions, level: Level, rows: tuple[int, int], into: Float, damaged: Mask
+) -> None:
+    """Average whole rows down to `into`, a part of their width at a time; mark what is damaged."""
+    height, width = into.shape[:2]
     step = max(1, 4096 * width // level.width)
     for start in range(0, width, step):
         stop = min(start + step, width)
         left, right = (round(edge * level.width / width) for edge in (start, stop))
-        pixels = regions.read(Box(rows[0], left, rows[1] - rows[0], right - left))
-        parts.append(area_resize(pixels, (height, stop - start, pixels.shape[2])))
-    return np.concatenate(parts, axis=1)
+        box = Box(rows[0], left, rows[1] - rows[0], right - left)
+        pixels, lost = regions.read_what_can_be(box)
+        into[:, start:stop] = area_resize(pixels, (height, stop - start, pixels.shape[2]))
+        for segment in lost:
+            _mark(damaged, segment, level)
+
+
+def _mark(damaged: Mask, segment: Box, level: Level) -> None:
+    """Mark the pixels of a small copy that a segment of the level has any share in."""
+    down, across = damaged.shape[0] / level.height, damaged.shape[1] / level.width
+    bottom, right = segment.top + segment.height, segment.left + segment.width
+    damaged[
+        int(segment.top * down) : math.ceil(bottom * down),
+        int(segment.left * across) : math.ceil(right * across),
+    ] = True
 
 
 def _top(level: Level, bits: int) -> float:
