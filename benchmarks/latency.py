@@ -20,6 +20,7 @@ from typing import Any
 import click
 import latency_parts
 import latency_report
+import latency_slides
 import numpy as np
 from records import RESULTS, ROOT, machine, write_result
 
@@ -29,6 +30,7 @@ SCENARIOS = {
     "offline": latency_parts.offline,
     "ct": latency_parts.ct_series,
     "cold_start": latency_parts.cold_start,
+    "slide": latency_slides.slide,
 }
 TOUCHED = (
     *("training.folds=[1]", "training.ssl_epochs=1", "training.ssl_steps=1"),
@@ -43,22 +45,16 @@ def prepare(work: Path, quick: bool) -> latency_parts.Subject:
     model, bundle, ct = (work / name for name in ("model", "bundle", "ct"))
     checkpoint = model / "best_model.pt"
     if not checkpoint.is_file():
-        _run("cdt_train.cli", "--kshot", "5", "--output-dir", model, *TOUCHED)
+        latency_parts.run_module("cdt_train.cli", "--kshot", "5", "--output-dir", model, *TOUCHED)
     if not (bundle / "bundle.json").is_file():
-        _run("cdt_export.cli", "--checkpoint", checkpoint, "--output", bundle, "--fp16")
+        latency_parts.run_module(
+            "cdt_export.cli", "--checkpoint", checkpoint, "--output", bundle, "--fp16"
+        )
     if not ct.is_dir():
         _write_series(ct)
     patient = model / "phantom_data" / "new_patient"
     tiles = tuple(sorted(patient.glob("*.tif")))
     return latency_parts.Subject(checkpoint, bundle, ct, tiles, quick)
-
-
-def _run(module: str, *words: str | Path) -> None:
-    click.echo(f"$ {module} {' '.join(map(str, words))}", err=True)
-    line = [sys.executable, "-c", f"import {module} as it; it.main()", *map(str, words)]
-    done = subprocess.run(line, stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        raise click.ClickException(f"{module}: exit code {done.returncode}")
 
 
 def _write_series(folder: Path) -> None:
@@ -88,7 +84,7 @@ def _write_series(folder: Path) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON in place of the tables.")
 def main(scenarios: tuple[str, ...], quick: bool, name: str, work: Path, as_json: bool) -> None:
     """Measure SCENARIOs (all, if none is named): engines, single_stream, offline, ct,
-    cold_start.
+    cold_start, slide.
     """
     work = work.resolve()
     work.mkdir(parents=True, exist_ok=True)

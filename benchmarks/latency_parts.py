@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import pydicom
 from latency_peers import Peer, flops, graphs_of, peak_flops, peers_of
@@ -213,7 +214,7 @@ def cold_start(subject: Subject) -> dict[str, Any]:
     times, memory = {"ours": Times(), "bare engine": Times()}, {"ours": 0.0, "bare engine": 0.0}
     for turn in range(subject.rounds(9, 2) + 1):
         for name, line in (("ours", ours), ("bare engine", bare)):
-            took, peak = _process(line, work / "cache")
+            took, peak, _ = timed_process(line, work / "cache")
             if turn:
                 times[name].wall.append(took)
                 memory[name] = max(memory[name], peak)
@@ -226,8 +227,20 @@ def cold_start(subject: Subject) -> dict[str, Any]:
     }
 
 
-def _process(line: Sequence[str], cache: Path) -> tuple[float, float]:
-    """Run a process without cached CT tokens; its milliseconds and its peak memory in MiB.
+def run_module(module: str, *words: str | Path) -> None:
+    """Run a command in a process of its own, and say which."""
+    click.echo(f"$ {module} {' '.join(map(str, words))}", err=True)
+    line = [sys.executable, "-c", f"import {module} as it; it.main()", *map(str, words)]
+    done = subprocess.run(line, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise click.ClickException(f"{module}: exit code {done.returncode}")
+
+
+def timed_process(line: Sequence[str], cache: Path) -> tuple[float, float, str]:
+    """Run a process without cached CT tokens.
+
+    Returns:
+        Its milliseconds, its peak memory in MiB, and what it printed.
 
     What else is in the cache, such as the outcome of the self-test, stays.
     """
@@ -239,7 +252,7 @@ def _process(line: Sequence[str], cache: Path) -> tuple[float, float]:
     if done.returncode:
         raise RuntimeError(f"{line[-5:]}: exit code {done.returncode}: {done.stderr[-500:]}")
     peak = re.search(r"VmHWM:\s*(\d+) kB", done.stderr)
-    return took, int(peak[1]) / 1024 if peak else float("nan")
+    return took, int(peak[1]) / 1024 if peak else float("nan"), done.stdout
 
 
 def _chosen(classifier: FewShotClassifier) -> str:

@@ -103,12 +103,34 @@ def cold_start_text(found: Figures) -> str:
     return "\n".join(lines)
 
 
+def slide_text(found: Figures) -> str:
+    """A whole slide."""
+    side, tile = found["side"], found["tile_pixels"]
+    lines = [
+        f"slide, {side} x {side} JPEG pyramid, {found['tiles']} tiles of {tile} pixels, "
+        f"{found['on']}",
+        _row("reading all tiles", ("p50 ms", "CPU ms")),
+    ]
+    for name, one in found["reading"].items():
+        lines.append(_row(name, (f"{one['p50']:.0f}", f"{one['cpu_p50']:.0f}")))
+    lines.append(f"reading reaches {found['reading_share_of_libjpeg']:.0%} of libjpeg-turbo a core")
+    for name, rate in found["tiles_a_second"].items():
+        low, high = found["tiles_a_second_range"][name]
+        lines.append(f"  {name:<28}{rate:9.0f} tiles/s ({low:.0f} to {high:.0f})")
+    lines.append(f"end to end reaches {found['share_of_engine']:.1%} of the engine alone")
+    for one in found["memory"]:
+        size = f"{one['side']} x {one['side']}, {one['tiles']} tiles"
+        lines.append(f"  {size:<28}{one['peak_mib']:9.0f} MiB at most")
+    return "\n".join(lines)
+
+
 TEXTS: Mapping[str, Callable[[Figures], str]] = {
     "engines": engines_text,
     "single_stream": single_stream_text,
     "offline": offline_text,
     "ct": ct_text,
     "cold_start": cold_start_text,
+    "slide": slide_text,
 }
 
 

@@ -70,7 +70,7 @@ def tile_batches(
     with naming(reading.name):
         regions = Regions(grid.level, reading.glass)
     with regions:
-        for place in _decoding_ahead(regions, grid, places):
+        for place in decoding_ahead(regions, grid, places):
             try:
                 pixels = _in_order(regions.read(grid.box(*place)), reading.order)
                 found.append((place, preprocess.tile(pixels, reading.bits, name=reading.name)))
@@ -88,7 +88,7 @@ def _batch(found: list[tuple[Place, NDArray[Any]]], failed: list[tuple[Place, st
     return Batch(tuple(place for place, _ in found), tiles, tuple(failed))
 
 
-def _decoding_ahead(regions: Regions, grid: Grid, places: Places) -> Iterator[Place]:
+def decoding_ahead(regions: Regions, grid: Grid, places: Places) -> Iterator[Place]:
     """Give the places one by one; what the next row of tiles needs is decoded meanwhile."""
     rows = _rows(places)
     for at, row in enumerate(rows):
