@@ -26,7 +26,7 @@ from cdt_runtime.slides.grid import STRIP, grid_of, reading_order, tissue_shares
 from cdt_runtime.slides.pyramid import Pyramid, level_for, open_pyramid
 from cdt_runtime.slides.regions import Box, Regions
 from cdt_runtime.slides.stream import Reading, tile_batches
-from cdt_runtime.slides.tissue import Small, otsu, small_copy, tissue_mask
+from cdt_runtime.slides.tissue import Small, block_means, otsu, small_copy, tissue_mask
 
 MARKERS = ("DAPI", "CD8")
 
@@ -282,6 +282,16 @@ def test_the_small_copy_is_the_area_mean_of_a_level(tmp_path: Path) -> None:
     assert small.pixels.shape == (60, 82, 2)
     assert small.scale == (5.0, 5.0)
     assert np.allclose(small.pixels, area_resize(pixels, (60, 82, 2)) / 255, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["uint8", "uint16", "float32"])
+def test_blocks_at_the_end_average_what_there_is(kind: str) -> None:
+    pixels = np.random.default_rng(0).integers(0, 255, (7, 10, 2)).astype(kind)
+    found = block_means(pixels, 3)
+    assert found.shape == (3, 4, 2)
+    for row, column in ((0, 0), (2, 1), (1, 3), (2, 3)):
+        block = pixels[row * 3 : row * 3 + 3, column * 3 : column * 3 + 3].astype(float)
+        assert np.allclose(found[row, column], block.mean(axis=(0, 1)))
 
 
 def test_a_damaged_part_is_looked_at_all_the_same(tmp_path: Path) -> None:

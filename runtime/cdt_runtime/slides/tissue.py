@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cdt_runtime.preprocess import area_resize
 from cdt_runtime.slides.pyramid import Level, Pyramid
 from cdt_runtime.slides.regions import Box, Regions
 from cdt_runtime.tile import RGB
@@ -50,7 +49,7 @@ class Small:
 
 
 def small_copy(pyramid: Pyramid, glass: int, side: int = SIDE) -> Small:
-    """Reduce the coarsest level that is not smaller than the copy, a block of rows at a time.
+    """Average blocks of whole pixels of the coarsest level that is not smaller than the copy.
 
     Args:
         pyramid: an open slide.
@@ -61,18 +60,18 @@ def small_copy(pyramid: Pyramid, glass: int, side: int = SIDE) -> Small:
     level = next(
         (one for one in reversed(pyramid.levels) if max(one.height, one.width) >= side), finest
     )
-    factor = max(1.0, max(level.height, level.width) / side)
-    height, width = max(1, round(level.height / factor)), max(1, round(level.width / factor))
+    factor = math.ceil(max(level.height, level.width) / side)
+    height, width = math.ceil(level.height / factor), math.ceil(level.width / factor)
     pixels = np.empty((height, width, len(pyramid.channels)), np.float32)
     damaged = np.zeros((height, width), bool)
     with Regions(level, glass) as regions:
         for start in range(0, height, BLOCK):
-            stop = min(start + BLOCK, height)
-            first, last = (round(edge * level.height / height) for edge in (start, stop))
-            _reduce_rows(regions, level, (first, last), pixels[start:stop], damaged)
-            regions.forget_above(last)
+            rows = slice(start, min(start + BLOCK, height))
+            _reduce_rows(regions, level, factor, rows, pixels, damaged)
+            regions.forget_above(rows.stop * factor)
     pixels /= _top(level, pyramid.bits)
-    return Small(pixels, (finest.height / height, finest.width / width), damaged)
+    scale = factor * finest.height / level.height, factor * finest.width / level.width
+    return Small(pixels, scale, damaged)
 
 
 def tissue_mask(small: Small, channels: tuple[str, ...]) -> Mask:
@@ -88,13 +87,15 @@ def tissue_mask(small: Small, channels: tuple[str, ...]) -> Mask:
 
     Source: Otsu 1979 for the threshold, on optical density after Beer and Lambert.
     """
+    planes = np.ascontiguousarray(small.pixels.transpose(2, 0, 1))
     if channels == RGB:
-        density = -np.log10(np.maximum(small.pixels, 1 / 255)).mean(axis=2)
-        dark, coloured = small.pixels.max(axis=2), np.ptp(small.pixels, axis=2)
+        density = -np.log10(np.maximum(planes, 1 / 255)).mean(axis=0)
+        dark = planes.max(axis=0)
+        coloured = dark - planes.min(axis=0)
         ink = (dark < INK[0]) & (coloured < INK[1])
         found = (density > np.clip(otsu(density[~ink]), *DENSITY_RANGE)) & ~ink
     else:
-        shining = np.sqrt(small.pixels).mean(axis=2)
+        shining = np.sqrt(planes).mean(axis=0)
         found = shining > max(otsu(shining), 1 / LEVELS)
     return _smoothed(found) | small.damaged
 
@@ -121,29 +122,42 @@ def otsu(values: NDArray[Any]) -> float:
 
 
 def _reduce_rows(
-    regions: Regions, level: Level, rows: tuple[int, int], into: Float, damaged: Mask
+    regions: Regions, level: Level, factor: int, rows: slice, into: Float, damaged: Mask
 ) -> None:
-    """Average whole rows down to `into`, a part of their width at a time; mark what is damaged."""
-    height, width = into.shape[:2]
-    step = max(1, 4096 * width // level.width)
-    for start in range(0, width, step):
-        stop = min(start + step, width)
-        left, right = (round(edge * level.width / width) for edge in (start, stop))
-        box = Box(rows[0], left, rows[1] - rows[0], right - left)
+    """Average blocks of `factor` pixels, some rows of them, a part of the width at a time."""
+    top, bottom = rows.start * factor, min(rows.stop * factor, level.height)
+    step = max(1, 4096 // factor)
+    for start in range(0, into.shape[1], step):
+        columns = slice(start, min(start + step, into.shape[1]))
+        left, right = columns.start * factor, min(columns.stop * factor, level.width)
+        box = Box(top, left, bottom - top, right - left)
         pixels, lost = regions.read_what_can_be(box)
-        into[:, start:stop] = area_resize(pixels, (height, stop - start, pixels.shape[2]))
+        into[rows, columns] = block_means(pixels, factor)
         for segment in lost:
-            _mark(damaged, segment, level)
+            _mark(damaged, segment, factor)
 
 
-def _mark(damaged: Mask, segment: Box, level: Level) -> None:
+def block_means(pixels: NDArray[Any], factor: int) -> Float:
+    """Average blocks of `factor` x `factor` pixels of `(h, w, C)`; those at an end may be smaller.
+
+    Returns:
+        `(ceil(h / factor), ceil(w / factor), C)` float32.
+    """
+    kind = np.float64 if pixels.dtype.kind == "f" else np.int64 if pixels.itemsize > 2 else np.int32
+    result, count = pixels, np.ones(1, np.float32)
+    for axis in (0, 1):
+        starts = np.arange(0, pixels.shape[axis], factor)
+        result = np.add.reduceat(result, starts, axis=axis, dtype=kind)
+        sizes = np.diff(starts, append=pixels.shape[axis]).astype(np.float32)
+        count = count * np.expand_dims(sizes, (1, 2) if axis == 0 else (0, 2))
+    return np.asarray(result / count, dtype=np.float32)
+
+
+def _mark(damaged: Mask, segment: Box, factor: int) -> None:
     """Mark the pixels of a small copy that a segment of the level has any share in."""
-    down, across = damaged.shape[0] / level.height, damaged.shape[1] / level.width
     bottom, right = segment.top + segment.height, segment.left + segment.width
-    damaged[
-        int(segment.top * down) : math.ceil(bottom * down),
-        int(segment.left * across) : math.ceil(right * across),
-    ] = True
+    rows = slice(segment.top // factor, math.ceil(bottom / factor))
+    damaged[rows, segment.left // factor : math.ceil(right / factor)] = True
 
 
 def _top(level: Level, bits: int) -> float:
