@@ -102,7 +102,7 @@ class Series:
     def state(self) -> str:
         """Differs where a file was changed, moved or copied, on this machine; reads none."""
         # Where the grid is not even, the slices in use hang on what the caller allows.
-        parts = [f"{f.file.state}/{f.index}" for f in self.frames]
+        parts = [f"{':'.join(map(str, f.file.state))}/{f.index}" for f in self.frames]
         return hashlib.sha256("|".join([*parts, repr(self.geometry)]).encode()).hexdigest()
 
     @property

@@ -26,6 +26,7 @@ from cdt_runtime.ct_walk import (
     is_regular,
     open_folder,
 )
+from cdt_runtime.dicom_alike import Layouts
 from cdt_runtime.dicom_frame import UNIT_TOLERANCE, Frame
 from cdt_runtime.dicom_header import HEAD_BYTES, Header, looks_like_dicom, read_header, reading
 from cdt_runtime.dicom_pixels import payloads
@@ -59,13 +60,16 @@ def _should_be_dicom(path: PurePath) -> bool:
     return not path.name.startswith(".") and (suffix in DICOM_SUFFIXES or suffix[1:].isdigit())
 
 
-def _read(path: Path, name: str) -> Header | None:
-    if path.stat().st_size == 0 and _should_be_dicom(path):
+def _read(entry: os.DirEntry[str], size: int, name: str, layouts: Layouts) -> Header | None:
+    header = read_header(entry.path, name, layouts) if size else None
+    if header is not None:
+        return header
+    path = PurePath(entry.name)
+    if size == 0 and _should_be_dicom(path):
         raise SeriesError(f"{name}: the file is empty: copy it again")
-    header = read_header(path, name)
-    if header is None and path.suffix.lower() in DICOM_SUFFIXES - {""}:
+    if path.suffix.lower() in DICOM_SUFFIXES - {""}:
         raise SeriesError(f"{name}: not a DICOM file in spite of its name: copy it again")
-    return header
+    return None
 
 
 def scan_folder(path: Path) -> Scan:
@@ -79,6 +83,7 @@ def scan_folder(path: Path) -> Scan:
     headers: list[Header] = []
     inodes: set[tuple[int, int]] = set()
     not_dicom = 0
+    layouts = Layouts()
     for place, entry in enumerate(files, start=1):
         name = file_name(entry, place, len(files))
         with reading(name):
@@ -86,7 +91,7 @@ def scan_folder(path: Path) -> Scan:
             if (stat.st_dev, stat.st_ino) in inodes:
                 continue
             inodes.add((stat.st_dev, stat.st_ino))
-            header = _read(Path(entry.path), name)
+            header = _read(entry, stat.st_size, name, layouts)
         if header is None:
             not_dicom += 1
         elif not header.is_directory:
@@ -152,7 +157,7 @@ def _check_patient(scan: Scan) -> None:
     """
     first: dict[str, dict[str, str]] = {}
     for header in scan.headers:
-        for keyword, key in header.patient().items():
+        for keyword, key in header.once(Header.patient).items():
             first.setdefault(keyword, {}).setdefault(key, header.file.name)
     for keyword, names in first.items():
         if len(names) > 1:
@@ -167,8 +172,12 @@ def _series_of(headers: Sequence[Header]) -> dict[str, list[Header]]:
     """By SeriesInstanceUID. Anonymised files may have none: those are one series together."""
     series: dict[str, list[Header]] = {}
     for header in headers:
-        series.setdefault(header.fields.text("SeriesInstanceUID"), []).append(header)
+        series.setdefault(header.once(_series_uid), []).append(header)
     return series
+
+
+def _series_uid(header: Header) -> str:
+    return header.fields.text("SeriesInstanceUID")
 
 
 def _shown_uid(uid: str) -> str:
@@ -193,7 +202,7 @@ def choose(scan: Scan, series_uid: str | None) -> tuple[list[Header], list[str]]
     _check_patient(scan)
     kinds: dict[str, list[Header]] = {SLICE: []}
     for header in scan.headers:
-        kinds.setdefault(_kind(header), []).append(header)
+        kinds.setdefault(header.once(_kind), []).append(header)
     slices = kinds.pop(SLICE)
     others = [counted(len(found), kind) for kind, found in sorted(kinds.items())]
     others += [counted(scan.not_dicom, "non-DICOM file")] if scan.not_dicom else []
@@ -219,6 +228,8 @@ def choose(scan: Scan, series_uid: str | None) -> tuple[list[Header], list[str]]
 
 
 def _same_way(a: Frame, b: Frame) -> bool:
+    if (a.row_direction, a.column_direction) == (b.row_direction, b.column_direction):
+        return True
     pairs = zip(
         a.row_direction + a.column_direction, b.row_direction + b.column_direction, strict=True
     )
@@ -268,7 +279,7 @@ class _Digests:
     """Digests of the pixels of frames; a file of many frames is read once for all of them."""
 
     def __init__(self) -> None:
-        self._of_file: dict[Path, list[bytes]] = {}
+        self._of_file: dict[str, list[bytes]] = {}
 
     def same(self, a: Frame, b: Frame) -> bool:
         scales = [(frame.rescale.slope, frame.rescale.intercept) for frame in (a, b)]

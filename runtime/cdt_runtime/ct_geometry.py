@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from cdt_runtime.dicom_fields import EXPORT_AGAIN
 from cdt_runtime.dicom_frame import MAX_SPACING_MM, MAX_VOXELS, MIN_SPACING_MM, Frame, Vector
-from cdt_runtime.dicom_header import EXPORT_AGAIN
 from cdt_runtime.errors import SeriesError
 
 Array = npt.NDArray[np.float64]

@@ -12,16 +12,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from cdt_runtime.dicom_header import (
-    EXPORT_AGAIN,
-    PIXEL_DATA,
-    Fields,
-    Header,
-    PixelFile,
-)
+from cdt_runtime.dicom_fields import EXPORT_AGAIN, Fields
+from cdt_runtime.dicom_header import PIXEL_DATA, Header, PixelFile
 from cdt_runtime.dicom_walk import UNDEFINED_LENGTH
 from cdt_runtime.errors import SeriesError
 from cdt_runtime.printable import counted
@@ -242,16 +237,20 @@ def _spacing(fields: Fields) -> tuple[float, float]:
     return between_rows, between_columns
 
 
-def _frame(header: Header, fields: Fields, index: int, layout: PixelLayout) -> Frame:
-    row, column = _directions(fields)
+def _position(fields: Fields) -> Vector:
     x, y, z = fields.numbers("ImagePositionPatient", 3)
     if max(abs(x), abs(y), abs(z)) > 1e5:
         raise fields.error("ImagePositionPatient", "is over 100 m away from the scanner")
+    return x, y, z
+
+
+def _frame(header: Header, fields: Fields, index: int, layout: PixelLayout) -> Frame:
+    row, column = _directions(fields)
     return Frame(
         file=header.file,
         index=index,
         layout=layout,
-        position=(x, y, z),
+        position=_position(fields),
         row_direction=row,
         column_direction=column,
         spacing=_spacing(fields),
@@ -286,12 +285,7 @@ def _groups(name: str, items: list[Any]) -> list[Any]:
     return [group for keyword in GROUPS for group in found.items(keyword)[:1]]
 
 
-def frames_of(header: Header) -> list[Frame]:
-    """Every frame of a CT file, checked; call it inside `quiet`.
-
-    Raises:
-        SeriesError: an attribute is missing, malformed or out of range.
-    """
+def _every_frame(header: Header) -> list[Frame]:
     fields = header.fields
     _check_is_hu(fields)
     _check_colour(fields)
@@ -299,6 +293,20 @@ def frames_of(header: Header) -> list[Frame]:
     _check_pixel_bytes(header, layout)
     many = _frame_fields(header, layout.frames)
     return [_frame(header, own, index, layout) for index, own in enumerate(many)]
+
+
+def frames_of(header: Header) -> list[Frame]:
+    """Every frame of a CT file, checked; call it inside `quiet`.
+
+    Raises:
+        SeriesError: an attribute is missing, malformed or out of range.
+    """
+    first, *more = frames = header.once(_every_frame)
+    if more or first.file is header.file:
+        return frames
+    # The frame of a file alike: its own are the place in the patient and the bytes.
+    _check_pixel_bytes(header, first.layout)
+    return [replace(first, file=header.file, position=_position(header.fields))]
 
 
 __all__ = ["EXPORT_AGAIN", "Frame", "PixelLayout", "Rescale", "Vector", "frames_of"]

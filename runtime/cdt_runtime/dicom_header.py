@@ -1,26 +1,27 @@
-"""One DICOM file -> what its header says, checked. No pixel is decoded here.
+"""One DICOM file -> what its header says. No pixel is decoded here.
 
-An ordinary file is walked over (`dicom_walk`), any other parsed by pydicom; everything that is used
-is then read through `Fields`, which turns a missing or bad value into one line that names the file
-and the attribute, never the value: header text can hold a patient's name, and pydicom's own
-warnings print it (see `dicom_quiet`).
+A file like one before it is read by that one's layout (`dicom_alike`), another ordinary file is
+walked over (`dicom_walk`), any other parsed by pydicom: the values are the same. What is used of
+them is then read through `Fields`, which names files and attributes and never a value: header text
+can hold a patient's name, and pydicom's own warnings print it (see `dicom_quiet`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
-import math
 import os
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar, cast
 
-from cdt_runtime.dicom_walk import LONG_VRS, PIXEL_TAGS, Unusual, walk
+from cdt_runtime.dicom_alike import Layouts
+from cdt_runtime.dicom_fields import EXPORT_AGAIN, Fields
+from cdt_runtime.dicom_syntax import SYNTAXES, Syntax
+from cdt_runtime.dicom_walk import LONG_VRS, PIXEL_TAGS, Unusual, Walked, walk
 from cdt_runtime.errors import SeriesError
 from cdt_runtime.printable import reason
 
@@ -32,36 +33,7 @@ HEAD_BYTES = 132
 
 PIXEL_DATA = 0x7FE00010
 
-EXPORT_AGAIN = "export the series again from the archive"
-
-
-@dataclass(frozen=True)
-class Syntax:
-    """A transfer syntax: how the elements are written and which codec the pixels use."""
-
-    implicit: bool = False
-    little_endian: bool = True
-    deflated: bool = False
-    codec: str = ""
-    """Empty for uncompressed pixels, else the family of the codec."""
-    lossy: bool = False
-
-
-SYNTAXES: dict[str, Syntax] = {
-    "1.2.840.10008.1.2": Syntax(implicit=True),
-    "1.2.840.10008.1.2.1": Syntax(),
-    "1.2.840.10008.1.2.2": Syntax(little_endian=False),
-    "1.2.840.10008.1.2.1.99": Syntax(deflated=True),
-    "1.2.840.10008.1.2.5": Syntax(codec="RLE"),
-    "1.2.840.10008.1.2.4.50": Syntax(codec="JPEG", lossy=True),
-    "1.2.840.10008.1.2.4.51": Syntax(codec="JPEG", lossy=True),
-    "1.2.840.10008.1.2.4.57": Syntax(codec="JPEG lossless"),
-    "1.2.840.10008.1.2.4.70": Syntax(codec="JPEG lossless"),
-    "1.2.840.10008.1.2.4.80": Syntax(codec="JPEG-LS"),
-    "1.2.840.10008.1.2.4.81": Syntax(codec="JPEG-LS", lossy=True),
-    "1.2.840.10008.1.2.4.90": Syntax(codec="JPEG 2000"),
-    "1.2.840.10008.1.2.4.91": Syntax(codec="JPEG 2000", lossy=True),
-}
+T = TypeVar("T")
 
 
 @contextmanager
@@ -73,112 +45,15 @@ def reading(name: str, cure: str = "check its permissions, or copy it again") ->
         raise SeriesError(f"{name} can't be read ({reason(error)}): {cure}") from None
 
 
-class Fields:
-    """Checked access to the attributes of one file or of one frame in it.
-
-    Args:
-        name: how messages call the file or frame.
-        sources: pydicom data sets; the first that holds an attribute wins.
-    """
-
-    def __init__(self, name: str, *sources: Any) -> None:
-        self.name = name
-        self._sources = sources
-
-    def error(self, keyword: str, problem: str, cure: str = EXPORT_AGAIN) -> SeriesError:
-        """The error for a bad attribute, ready to be raised."""
-        return SeriesError(f"{self.name}: {keyword} {problem}: {cure}")
-
-    def get(self, keyword: str) -> Any:
-        """The value as pydicom gives it, or None where it is absent or empty."""
-        for source in self._sources:
-            try:
-                value = source.get(keyword)
-            except Exception:  # any kind: pydicom converts on access, from bytes of any content
-                raise self.error(keyword, "can't be read") from None
-            if value is not None and not (hasattr(value, "__len__") and len(value) == 0):
-                return value
-        return None
-
-    def need(self, keyword: str) -> Any:
-        """As `get`, but an absent value is an error."""
-        value = self.get(keyword)
-        if value is None:
-            raise self.error(keyword, "is missing, a CT slice needs it")
-        return value
-
-    def text(self, keyword: str) -> str:
-        """The value as text, empty where it is absent."""
-        value = self.get(keyword)
-        return "" if value is None else str(value).strip()
-
-    def words(self, keyword: str) -> frozenset[str]:
-        """The values of a multi-valued code string, in capitals."""
-        value = self.get(keyword)
-        values = [value] if value is None or isinstance(value, str) else list(value)
-        return frozenset(str(v).strip().upper() for v in values if v is not None)
-
-    def numbers(self, keyword: str, count: int) -> tuple[float, ...]:
-        """Exactly `count` finite numbers."""
-        value = self.need(keyword)
-        values = [value] if isinstance(value, str | int | float) else value
-        try:
-            numbers = tuple(float(v) for v in values)
-        except (TypeError, ValueError, OverflowError):
-            numbers = ()
-        if len(numbers) != count or not all(map(math.isfinite, numbers)):
-            raise self.error(keyword, f"is not {count} finite number{'s' * (count > 1)}")
-        return numbers
-
-    def number(self, keyword: str) -> float | None:
-        """One finite number, or None where it is absent."""
-        return None if self.get(keyword) is None else self.numbers(keyword, 1)[0]
-
-    def integer(self, keyword: str, default: int | None = None) -> int:
-        """One whole number; the default stands in for an absent one."""
-        if default is not None and self.get(keyword) is None:
-            return default
-        value = self.numbers(keyword, 1)[0]
-        if value != int(value):
-            raise self.error(keyword, "is not a whole number")
-        return int(value)
-
-    def items(self, keyword: str) -> list[Any]:
-        """The items of a sequence, none where it is absent."""
-        value = self.get(keyword)
-        if value is None:
-            return []
-        if isinstance(value, str | bytes) or not all(hasattr(v, "get_item") for v in value):
-            raise self.error(keyword, "is not a sequence")
-        return list(value)
-
-    def stored_value(self, keyword: str, signed: bool) -> int | None:
-        """A 16-bit stored value, in the pixels' own sign.
-
-        PixelPaddingValue is often written as the other of US and SS (63536 for -2000), so that
-        only its bytes can be trusted.
-        """
-        value = self.get(keyword)
-        if value is None:
-            return None
-        # Implicit VR leaves US or SS open, then pydicom hands out the two bytes.
-        raw = isinstance(value, bytes) and len(value) == 2
-        number = int.from_bytes(value, "little") if raw else self.integer(keyword)
-        if not -(1 << 15) <= number < 1 << 16:
-            raise self.error(keyword, "does not fit 16 bits")
-        wrapped = number & 0xFFFF
-        return wrapped - (1 << 16) if signed and wrapped >> 15 else wrapped
-
-
 @dataclass(frozen=True)
 class PixelFile:
     """Where the pixels of one file lie."""
 
-    path: Path = field(repr=False)
+    path: str = field(repr=False)
     name: str
     size: int
     mtime_ns: int
-    state: str
+    state: tuple[int, ...]
     """Changes whenever the file does: its place on the disk, size and times."""
     syntax: Syntax
     data_start: int
@@ -201,6 +76,19 @@ class Header:
     def fields(self) -> Fields:
         """The top level of the data set."""
         return Fields(self.file.name, self.data)
+
+    def once(self, make: Callable[[Header], T]) -> T:
+        """What a function makes of the header, called once for all files that are alike.
+
+        Args:
+            make: looks at neither the file nor ImagePositionPatient.
+        """
+        if not isinstance(self.data, Walked):
+            return make(self)
+        memo = self.data.memo
+        if make not in memo:
+            memo[make] = make(self)
+        return cast(T, memo[make])
 
     @property
     def is_directory(self) -> bool:
@@ -301,20 +189,38 @@ def inflate(stream: BinaryIO, name: str) -> io.BytesIO:
     return io.BytesIO(data)
 
 
-def _data_set(
-    stream: BinaryIO, start: int, size: int, syntax: Syntax, name: str
-) -> tuple[Any, int | None, int, int]:
-    """What holds the attributes; tag, first byte and length of the pixels."""
+@dataclass(frozen=True)
+class _Found:
+    """What a file gives: its attributes, and where data set and pixels lie."""
+
+    data: Any
+    syntax: Syntax
+    start: int
+    tag: int | None
+    offset: int
+    length: int
+
+
+def _of_walk(start: int, syntax: Syntax, walked: Walked) -> _Found:
+    where = walked.pixel_tag, walked.pixel_offset, walked.pixel_length
+    return _Found(walked, syntax, start, *where)
+
+
+def _data_set(stream: BinaryIO, size: int, name: str, layouts: Layouts) -> _Found:
+    """Reads what comes after the DICM mark; a layout that may help with other files is kept."""
+    uid = _read_meta(stream, name)
+    syntax, start = _syntax_of(uid, stream, name), stream.tell()
     if not syntax.implicit and syntax.little_endian and not syntax.deflated:
         try:
-            found = walk(stream, start, size)
+            walked = walk(stream, start, size)
         except Unusual:
             stream.seek(start)
         else:
-            return found, found.pixel_tag, found.pixel_offset, found.pixel_length
+            layouts.keep(stream, start, syntax, walked)
+            return _of_walk(start, syntax, walked)
     source = inflate(stream, name) if syntax.deflated else stream
     data, stop = _parse(source, syntax, name)
-    return data, stop.tag, source.tell() + stop.header_bytes, stop.length
+    return _Found(data, syntax, start, stop.tag, source.tell() + stop.header_bytes, stop.length)
 
 
 def _parse(stream: BinaryIO, syntax: Syntax, name: str) -> tuple[Any, _AtPixels]:
@@ -340,12 +246,13 @@ def _syntax_of(uid: str | None, stream: BinaryIO, name: str) -> Syntax:
     return SYNTAXES[uid]
 
 
-def read_header(path: Path, name: str) -> Header | None:
-    """Parses one file up to its pixels; call it inside `quiet`.
+def read_header(path: str, name: str, layouts: Layouts) -> Header | None:
+    """Reads one file up to its pixels; call it inside `quiet`.
 
     Args:
         path: the file.
         name: how messages call it.
+        layouts: of the files before it.
 
     Returns:
         None where the file is not DICOM.
@@ -353,31 +260,31 @@ def read_header(path: Path, name: str) -> Header | None:
     Raises:
         SeriesError: the file bears the DICM mark and does not parse.
     """
-    with path.open("rb") as stream:
-        head = stream.read(HEAD_BYTES)
+    with open(path, "rb", buffering=0) as file:
+        head, stat = file.read(layouts.reach), os.fstat(file.fileno())
         if not looks_like_dicom(head):
             return None
-        marked = _is_marked(head)
-        stream.seek(HEAD_BYTES if marked else 0)
-        uid = _read_meta(stream, name)
-        syntax, start, stat = (
-            _syntax_of(uid, stream, name),
-            stream.tell(),
-            os.fstat(stream.fileno()),
-        )
-        data, tag, offset, length = _data_set(stream, start, stat.st_size, syntax, name)
-    state = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
-    file = PixelFile(
-        path,
-        name,
-        stat.st_size,
-        stat.st_mtime_ns,
-        ":".join(map(str, state)),
-        syntax,
-        start,
-        offset,
-        length,
-    )
-    header = Header(file, data, tag)
+        if alike := layouts.find(head):
+            layout, walked = alike
+            found = _of_walk(layout.start, layout.syntax, walked)
+        else:
+            stream = io.BufferedReader(file)
+            stream.seek(HEAD_BYTES if _is_marked(head) else 0)
+            found = _data_set(stream, stat.st_size, name, layouts)
+    header = Header(_pixel_file(path, name, stat, found), found.data, found.tag)
     # A bare data set was only a guess from eight bytes; without Modality it was a wrong one.
-    return header if marked or header.fields.text("Modality") else None
+    return header if _is_marked(head) or header.fields.text("Modality") else None
+
+
+def _pixel_file(path: str, name: str, stat: os.stat_result, found: _Found) -> PixelFile:
+    return PixelFile(
+        path=path,
+        name=name,
+        size=stat.st_size,
+        mtime_ns=stat.st_mtime_ns,
+        state=(stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns),
+        syntax=found.syntax,
+        data_start=found.start,
+        offset=found.offset,
+        length=found.length,
+    )

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Callable, Iterator
+from io import FileIO
 from itertools import pairwise
 from typing import Any, BinaryIO
 
@@ -128,14 +129,14 @@ def padding_in_tissue(frame: Frame) -> bool:
     return min(ends) < TISSUE_HU[1] and max(ends) > TISSUE_HU[0]
 
 
-def open_raw(file: PixelFile) -> BinaryIO:
-    """Opens a file that was scanned before.
+def open_raw(file: PixelFile) -> FileIO:
+    """Opens a file that was scanned before, without a buffer.
 
     Raises:
         SeriesError: the file is gone or not the one that was scanned.
     """
     try:
-        stream = file.path.open("rb")
+        stream = FileIO(file.path)
     except OSError:
         raise SeriesError(f"{file.name}: the file can't be opened any more: run again") from None
     stat = os.fstat(stream.fileno())
@@ -175,11 +176,13 @@ def payloads(
         yield from _fragments(stream.read(), file, layout.frames)
 
 
-def _read_frame(stream: BinaryIO, size: int, buffer: bytearray | None) -> bytes | memoryview:
-    if buffer is None:
-        return stream.read(size)
-    room = memoryview(buffer)[:size]
-    return room[: stream.readinto(room)]  # type: ignore[attr-defined]
+def _read_frame(stream: BinaryIO, size: int, buffer: bytearray | None) -> memoryview:
+    """One frame, or what there is of it."""
+    room, done = memoryview(bytearray(size) if buffer is None else buffer)[:size], 0
+    # A read may give less than was asked for before the file ends, as on some network disks.
+    while done < size and (count := stream.readinto(room[done:])):  # type: ignore[attr-defined]
+        done += count
+    return room[:done]
 
 
 def _fragments(data: bytes, file: PixelFile, frames: int) -> list[bytes]:

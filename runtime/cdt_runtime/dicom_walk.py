@@ -75,11 +75,24 @@ class Walked:
         pixel_tag: of the element that holds the pixels.
         pixel_offset: byte of the file at which their values begin.
         pixel_length: bytes of them, or UNDEFINED_LENGTH.
+        memo: what readers make of the values; shared by files that differ in ImagePositionPatient
+            alone, so nothing that hangs on it may be kept here.
     """
 
     def __init__(self, values: dict[int, Any], tag: int, offset: int, length: int) -> None:
         self._values = values
         self.pixel_tag, self.pixel_offset, self.pixel_length = tag, offset, length
+        self.memo: dict[Any, Any] = {}
+
+    def with_values(self, values: dict[int, Any]) -> Walked:
+        """The same layout with other values."""
+        return Walked(values, self.pixel_tag, self.pixel_offset, self.pixel_length)
+
+    def at(self, position: Any) -> Walked:
+        """The same values but for ImagePositionPatient."""
+        moved = self.with_values({**self._values, KEYWORDS["ImagePositionPatient"]: position})
+        moved.memo = self.memo
+        return moved
 
     def get(self, keyword: str) -> Any:
         """The value, or None."""
@@ -127,7 +140,7 @@ def walk(stream: BinaryIO, start: int, size: int) -> Walked:
         if tag in _WANTED:
             if place + length > len(data):
                 data = _more(stream, data, place + length)
-            values[tag] = _value(vr, data[place : place + length])
+            values[tag] = value_of(vr, data[place : place + length])
         place += length
 
 
@@ -137,8 +150,12 @@ def _more(stream: BinaryIO, data: bytes, needed: int) -> bytes:
     return data + stream.read(max(CHUNK, needed - len(data)))
 
 
-def _value(vr: bytes, raw: bytes) -> Any:
-    """A value as pydicom converts it; a list where there are several."""
+def value_of(vr: bytes, raw: bytes) -> Any:
+    """A value as pydicom converts it; a list where there are several.
+
+    Raises:
+        Unusual: it is not written as most are.
+    """
     if vr in _BINARY:
         form, width = _BINARY[vr]
         count, rest = divmod(len(raw), width)
