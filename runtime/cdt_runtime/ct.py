@@ -16,9 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
@@ -29,16 +27,23 @@ import numpy.typing as npt
 
 from cdt_runtime.ct_folder import check_alike, choose, drop_odd_orientation, in_order, scan_folder
 from cdt_runtime.ct_geometry import Geometry, geometry_of
-from cdt_runtime.ct_reduce import reduced_hu
+from cdt_runtime.ct_reduce import Reducer
 from cdt_runtime.dicom_frame import MAX_VOXELS, Frame, Vector, frames_of
 from cdt_runtime.dicom_header import PixelFile, reading
-from cdt_runtime.dicom_pixels import frame_hu, open_raw, padding_in_tissue, payloads
+from cdt_runtime.dicom_pixels import cells_of, hu_of, open_raw, padding_in_tissue, payloads
 from cdt_runtime.dicom_quiet import quiet
 from cdt_runtime.errors import SeriesError
+from cdt_runtime.parallel import side_by_side
 from cdt_runtime.printable import counted
 
 MAX_THREADS = 8
 HASH_CHUNK = 1 << 20
+
+Keep = Callable[[int, bytes | memoryview, Frame], None]
+"""Takes the place of a frame in the series, its bytes as stored, and the frame."""
+
+_Slots = list[tuple[int, Frame]]
+"""Frames of one file with their places in the series."""
 
 
 def _describe(shape: tuple[int, int, int], spacing_mm: Vector) -> str:
@@ -180,10 +185,10 @@ def load_volume(series: Series) -> Volume:
     lowest = np.empty(len(series.frames))
 
     def keep(slot: int, payload: bytes | memoryview, frame: Frame) -> None:
-        hu = frame_hu(payload, frame)
+        hu = hu_of(cells_of(payload, frame), frame)
         stack[slot], lowest[slot] = series.geometry.turn(hu), hu.min()
 
-    _each_frame(series.frames, keep)
+    _each_frame(series.frames, lambda: keep)
     _check_hu(float(lowest.min()), series.frames)
     return Volume(
         hu=_resampled(stack, series.geometry),
@@ -211,38 +216,41 @@ def load_reduced(series: Series, side: int) -> npt.NDArray[np.float32]:
     stack = np.empty((len(series.frames), side, side), np.float32)
     lowest = np.empty(len(series.frames))
 
-    def keep(slot: int, payload: bytes | memoryview, frame: Frame) -> None:
-        small, lowest[slot] = reduced_hu(payload, frame, side)
-        stack[slot] = series.geometry.turn(small)
+    def reducing() -> Keep:
+        reducer = Reducer(side)
 
-    _each_frame(series.frames, keep)
+        def keep(slot: int, payload: bytes | memoryview, frame: Frame) -> None:
+            small, lowest[slot] = reducer.reduced(payload, frame)
+            stack[slot] = series.geometry.turn(small)
+
+        return keep
+
+    _each_frame(series.frames, reducing)
     _check_hu(float(lowest.min()), series.frames)
     return _resampled(stack, series.geometry)
 
 
-def _each_frame(
-    frames: Sequence[Frame], keep: Callable[[int, bytes | memoryview, Frame], None]
-) -> None:
-    """Reads each frame once, files side by side, and hands it over with its place in the series."""
-    here = threading.local()
+def _each_frame(frames: Sequence[Frame], keeper: Callable[[], Keep]) -> None:
+    """Reads each frame once, files side by side; a keeper of each thread takes what it reads."""
 
-    def fill(file: PixelFile, slots: Sequence[tuple[int, Frame]]) -> None:
-        layout = slots[0][1].layout
-        if len(getattr(here, "buffer", b"")) < layout.frame_bytes:
-            here.buffer = bytearray(layout.frame_bytes)
-        wanted = {frame.index: (slot, frame) for slot, frame in slots}
-        for index, payload in enumerate(payloads(file, layout, here.buffer)):
-            if index in wanted:
-                slot, frame = wanted[index]
-                keep(slot, payload, frame)
+    def reading_files() -> Callable[[_Slots], None]:
+        keep, buffer = keeper(), bytearray(max(frame.layout.frame_bytes for frame in frames))
+
+        def fill(slots: _Slots) -> None:
+            first, wanted = slots[0][1], {frame.index: (slot, frame) for slot, frame in slots}
+            for index, payload in enumerate(payloads(first.file, first.layout, buffer)):
+                if index in wanted:
+                    slot, frame = wanted[index]
+                    keep(slot, payload, frame)
+
+        return fill
 
     numbered = sorted(enumerate(frames), key=lambda pair: pair[1].file.path)
-    jobs = [(slots[0][1].file, slots) for slots in _by_file(numbered)]
-    with quiet(), ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool:
-        list(pool.map(lambda job: fill(*job), jobs))
+    with quiet():
+        side_by_side(reading_files, _by_file(numbered), MAX_THREADS)
 
 
-def _by_file(numbered: Sequence[tuple[int, Frame]]) -> list[list[tuple[int, Frame]]]:
+def _by_file(numbered: _Slots) -> list[_Slots]:
     groups = groupby(numbered, key=lambda pair: pair[1].file.path)
     return [list(group) for _, group in groups]
 

@@ -1,80 +1,152 @@
 """One stored CT slice -> a small slice of mean HU, without the large one in floating point.
 
-The rescale to HU is linear, so it may follow the mean, and whole numbers add up exactly. Clamping
-is not: it comes first, as a whole number too. Where that can't be done exactly (a slope other than
-1, padding inside the range of HU, sides that are no multiple of the small ones) the slice goes
-through `frame_hu` and the exact area mean of any ratio.
+The rescale to HU is linear, so it may follow the mean, and whole numbers add up exactly: modulo
+2^16 where the sums of a column of a block, less the lowest value, fit 16 bits, else in 32. Clamping
+is not linear: where there is something below air, it comes first, as a whole number too. What can't
+be done exactly (air between two stored values, padding inside the range of HU, sides that are no
+multiple of the small ones) goes through `hu_of` and the exact area mean of any ratio.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from cdt_runtime.dicom_frame import Frame
-from cdt_runtime.dicom_pixels import AIR_HU, frame_hu, padding_in_tissue, stored_values
+from cdt_runtime.dicom_pixels import AIR_HU, cells_of, hu_of, padding_in_tissue, stored_of
 from cdt_runtime.preprocess import area_resize
 
+Array = npt.NDArray[Any]
 Float = npt.NDArray[np.float32]
 
+RUN = 1 << 14
+"""Values that numpy clamps at a time: with rows of a slice it takes twice as long."""
 
-def reduced_hu(payload: bytes | memoryview, frame: Frame, side: int) -> tuple[Float, float]:
-    """Bring one frame to `side` x `side` means.
+FOUR = np.uint64(0x0001_0001_0001_0001)
+"""Times this, the highest 16 of 64 bits hold the sum of all four."""
+
+
+class Reducer:
+    """Brings slices to means in memory of its own: one for each thread.
 
     Args:
-        payload: its bytes, as stored.
-        frame: its header.
-        side: of the result.
-
-    Returns:
-        `(side, side)` float32 HU, as the frame is stored, and the lowest HU before any mean.
-
-    Raises:
-        SeriesError: the pixels are damaged or cut short.
+        side: of the small slices.
     """
-    low = _lowest_stored(frame)
-    layout = frame.layout
-    if low is None or layout.rows % side or layout.columns % side:
-        hu = frame_hu(payload, frame)
+
+    def __init__(self, side: int) -> None:
+        self.side = side
+        self._tall = np.empty((side, 0), np.uint16)
+        self._fours = np.empty((side, side), np.uint64)
+        self._floor = np.empty(0, np.uint16)
+
+    def reduced(self, payload: bytes | memoryview, frame: Frame) -> tuple[Float, float]:
+        """Bring one frame to `side` x `side` means.
+
+        Args:
+            payload: its bytes, as stored; overwritten where they can be.
+            frame: its header.
+
+        Returns:
+            `(side, side)` float32 HU, as the frame is stored, and the lowest HU before any mean;
+            where the file gives its rescale that may be any value that none is below.
+
+        Raises:
+            SeriesError: the pixels are damaged or cut short.
+        """
+        layout, side = frame.layout, self.side
+        cells = cells_of(payload, frame)
+        if layout.bits_allocated == 16 and not (layout.rows % side or layout.columns % side):
+            found = self._exact(cells, frame)
+            if found is not None:
+                return found
+        hu = hu_of(cells, frame)
         return area_resize(hu, (side, side)), float(hu.min())
-    stored = stored_values(payload, frame)
-    lowest = int(stored.min())
-    if lowest < low:
-        # In place where the memory is ours: a new slice of this size costs more than the clamping.
-        own = stored if stored.flags.writeable else None
-        # A row in place of a number: numpy is four times as fast with it.
-        floor = np.full(layout.columns, low, stored.dtype)
-        stored = np.maximum(stored, floor, out=own)
-    means = _block_sums(stored, side) * (1.0 / (stored.size // side**2))
-    intercept = frame.rescale.intercept
-    return (means + intercept).astype(np.float32), max(lowest + intercept, AIR_HU)
 
-
-def _lowest_stored(frame: Frame) -> int | None:
-    """The stored value of air, or None where clamping to it is not all that there is to do."""
-    rescale, layout = frame.rescale, frame.layout
-    low = AIR_HU - rescale.intercept
-    if rescale.slope != 1.0 or low != int(low) or layout.bits_stored > 16:
-        return None
-    least = -(1 << (layout.bits_stored - 1)) if layout.signed else 0
-    most = least + (1 << layout.bits_stored) - 1
-    if frame.padding is not None and not padding_in_tissue(frame):
-        below, above = frame.padding
-        if below < least or above > low:  # bits that are not stored, or more than clamping does
+    def _exact(self, cells: Array, frame: Frame) -> tuple[Float, float] | None:
+        """As `reduced`, or None where whole numbers don't do; then the cells are as they were."""
+        air = _stored_air(frame)
+        if air is None:
             return None
-    return int(low) if low <= most else None
+        stored, lowest, highest = _with_range(cells, frame, air)
+        if lowest < air:
+            low = int(air)
+            if low != air or highest < low:
+                return None
+            stored, lowest = self._clamped(stored, low), low
+        slope, intercept = frame.rescale.slope, frame.rescale.intercept
+        sums, base = self._block_sums(stored, lowest, highest)
+        small = np.multiply(sums, sums.dtype.type(slope / (stored.size // self.side**2)))
+        small += base * slope + intercept
+        return small.astype(np.float32, copy=False), lowest * slope + intercept
+
+    def _clamped(self, stored: Array, low: int) -> Array:
+        """Nothing below `low`; in place where the memory is ours, for a new slice costs more."""
+        run = math.gcd(stored.size, RUN)
+        if len(self._floor) != run or self._floor.dtype != stored.dtype or self._floor[0] != low:
+            self._floor = np.full(run, low, stored.dtype)
+        runs = stored.reshape(-1, run)
+        # Runs in place of a number: numpy is several times as fast with them.
+        out = runs if stored.flags.writeable else None
+        return np.maximum(runs, self._floor, out=out).reshape(stored.shape)
+
+    def _block_sums(self, stored: Array, lowest: int, highest: int) -> tuple[Array, int]:
+        """Exact sums of the blocks as floats, each value less a base; and that base."""
+        rows, columns = stored.shape
+        high, wide = rows // self.side, columns // self.side
+        spread = (highest - lowest) * high
+        blocks = stored.reshape(self.side, high, columns)
+        if spread >= 1 << 16:
+            tall = np.add.reduce(blocks, axis=1, dtype=np.int32)
+            return _columns(tall, wide, np.int64).astype(np.float64), 0
+        if self._tall.shape[1] != columns:
+            self._tall = np.empty((self.side, columns), np.uint16)
+        tall = np.add.reduce(blocks.view(np.uint16), axis=1, dtype=np.uint16, out=self._tall)
+        tall -= np.uint16(lowest * high & 0xFFFF)
+        if wide != 4 or spread * wide >= 1 << 16:
+            return _columns(tall, wide, np.int32).astype(np.float32), lowest
+        fours = np.multiply(tall.view(np.uint64), FOUR, out=self._fours)
+        fours >>= np.uint64(48)
+        return fours.astype(np.float32), lowest
 
 
-def _block_sums(values: npt.NDArray[Any], side: int) -> npt.NDArray[Any]:
-    """Sums of the blocks of a 2D array of at most 16 bits, exactly."""
-    rows, columns = values.shape
-    tall = np.add.reduce(values.reshape(side, rows // side, columns), axis=1, dtype=np.int32)
-    wide = columns // side
-    total: npt.NDArray[Any] = tall[:, ::wide].copy()
-    if values.size // side**2 >= 1 << 15:  # more than 32 bits can hold
-        total = total.astype(np.int64)
+def _columns(tall: Array, wide: int, dtype: Any) -> Array:
+    """Sums of every `wide` columns."""
+    total: Array = tall[:, ::wide].astype(dtype)
     for offset in range(1, wide):
         total += tall[:, offset::wide]
     return total
+
+
+def _stored_air(frame: Frame) -> float | None:
+    """The stored value of air; None where clamping to it is not all that there is to do."""
+    layout, rescale = frame.layout, frame.rescale
+    air = (AIR_HU - rescale.intercept) / rescale.slope
+    if frame.padding is not None and not padding_in_tissue(frame):
+        below, above = frame.padding
+        least, _ = _bounds(frame)
+        if below < least or above > air:  # bits that are not stored, or more than clamping does
+            return None
+    return air if layout.bits_stored <= 16 else None
+
+
+def _bounds(frame: Frame) -> tuple[int, int]:
+    """Lowest and highest value that the stored bits can hold."""
+    bits, signed = frame.layout.bits_stored, frame.layout.signed
+    least = -(1 << (bits - 1)) if signed else 0
+    return least, least + (1 << bits) - 1
+
+
+def _with_range(cells: Array, frame: Frame, air: float) -> tuple[Array, int, int]:
+    """Stored values, and the lowest and highest of them."""
+    layout, (least, most) = frame.layout, _bounds(frame)
+    stored = cells.view(np.int16) if layout.signed else cells
+    # Where nothing can lie below air, zero is as good as the lowest.
+    lowest = 0 if not layout.signed and air <= 0 and frame.rescale.given else int(stored.min())
+    highest = int(stored.max())
+    if least <= lowest and highest <= most:
+        return stored, lowest, highest
+    stored = stored_of(cells, layout)
+    return stored, int(stored.min()), int(stored.max())

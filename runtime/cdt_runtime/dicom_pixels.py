@@ -95,7 +95,7 @@ def _decode(data: bytes, frame: Frame) -> Array:
         raise _damaged(frame.name, f"the {codec} pixels can't be decoded") from None
 
 
-def _stored(cells: Array, layout: PixelLayout) -> Array:
+def stored_of(cells: Array, layout: PixelLayout) -> Array:
     """Cells of the file -> stored values: unused bits off, sign from the highest stored bit.
 
     A JPEG 2000 stream may call its values unsigned where the header calls them signed; the bits
@@ -198,27 +198,18 @@ def _fragments(data: bytes, file: PixelFile, frames: int) -> list[bytes]:
     return found
 
 
-def stored_values(payload: bytes | memoryview, frame: Frame) -> Array:
-    """Stored values of one frame, `(rows, columns)` integers; see `frame_hu`."""
-    return _stored(_cells(payload, frame), frame.layout)
-
-
-def frame_hu(payload: bytes | memoryview, frame: Frame) -> npt.NDArray[np.float32]:
+def hu_of(cells: Array, frame: Frame) -> npt.NDArray[np.float32]:
     """One frame in HU.
 
     Args:
-        payload: its bytes, from `payloads`.
+        cells: what `cells_of` gave.
         frame: its header.
 
     Returns:
         `(rows, columns)` float32; padding and everything below air are -1024.
-
-    Raises:
-        SeriesError: the pixels are damaged or cut short.
     """
     layout = frame.layout
-    cells = _cells(payload, frame)
-    stored = _stored(cells, layout)
+    stored = stored_of(cells, layout)
     # float32 holds 24 bits exactly; wider values are scaled in float64.
     hu: Array = stored.astype(np.float32 if layout.bits_stored <= 24 else np.float64)
     np.multiply(hu, frame.rescale.slope, out=hu)
@@ -230,8 +221,16 @@ def frame_hu(payload: bytes | memoryview, frame: Frame) -> npt.NDArray[np.float3
     return clamped
 
 
-def _cells(payload: bytes | memoryview, frame: Frame) -> Array:
-    """What the file or the codec gives for one frame, in the header's width and this byte order."""
+def cells_of(payload: bytes | memoryview, frame: Frame) -> Array:
+    """What the file or the codec holds for one frame, in the header's width and this byte order.
+
+    Args:
+        payload: its bytes, from `payloads`.
+        frame: its header.
+
+    Raises:
+        SeriesError: the pixels are damaged or cut short.
+    """
     layout, native = frame.layout, not frame.file.syntax.codec
     if native and len(payload) < layout.frame_bytes:
         raise _damaged(frame.name, "the pixels are cut short")
