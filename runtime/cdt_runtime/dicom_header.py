@@ -20,6 +20,7 @@ from typing import Any, BinaryIO, TypeVar, cast
 
 from cdt_runtime.dicom_alike import Layouts
 from cdt_runtime.dicom_fields import EXPORT_AGAIN, Fields
+from cdt_runtime.dicom_quiet import load_pydicom
 from cdt_runtime.dicom_syntax import SYNTAXES, Syntax
 from cdt_runtime.dicom_walk import LONG_VRS, PIXEL_TAGS, Unusual, Walked, walk
 from cdt_runtime.errors import SeriesError
@@ -224,6 +225,7 @@ def _data_set(stream: BinaryIO, size: int, name: str, layouts: Layouts) -> _Foun
 
 
 def _parse(stream: BinaryIO, syntax: Syntax, name: str) -> tuple[Any, _AtPixels]:
+    load_pydicom()
     from pydicom.filereader import read_dataset
 
     stop = _AtPixels()

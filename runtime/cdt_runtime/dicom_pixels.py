@@ -21,6 +21,7 @@ import numpy.typing as npt
 from cdt_runtime.codestream import CodestreamError, jpeg2000_head, jpeg_head
 from cdt_runtime.dicom_frame import Frame, PixelLayout
 from cdt_runtime.dicom_header import PixelFile, inflate, reading
+from cdt_runtime.dicom_quiet import load_pydicom
 from cdt_runtime.errors import MissingDependencyError, SeriesError
 from cdt_runtime.printable import counted
 
@@ -186,6 +187,7 @@ def _read_frame(stream: BinaryIO, size: int, buffer: bytearray | None) -> memory
 
 
 def _fragments(data: bytes, file: PixelFile, frames: int) -> list[bytes]:
+    load_pydicom()
     from pydicom.encaps import generate_frames
 
     try:

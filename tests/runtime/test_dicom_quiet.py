@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from dicom_maker import PATIENT, write_series
 from pydicom import config
 from pydicom.misc import warn_and_log
+from pydicom.uid import ImplicitVRLittleEndian
 
 from cdt_runtime.dicom_quiet import quiet
 
@@ -91,3 +96,46 @@ def test_an_error_inside_restores_too() -> None:
     with pytest.raises(ValueError, match="x"), quiet():
         raise ValueError("x")
     assert state() == before
+
+
+SCAN = """
+import sys
+from cdt_runtime.ct import scan_series
+try:
+    print(len(scan_series(sys.argv[1]).frames), "pydicom" in sys.modules)
+except Exception as error:
+    print(error)
+from pydicom import config
+print(config.settings.reading_validation_mode == config.WARN)
+"""
+
+
+def scanned(folder: Path) -> list[str]:
+    """What a process of its own says of a series, and that pydicom's settings are its own after."""
+    done = subprocess.run(
+        [sys.executable, "-W", "default", "-c", SCAN, str(folder)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert not done.stderr
+    return done.stdout.splitlines()
+
+
+def test_a_series_that_was_only_walked_over_does_not_load_pydicom(tmp_path: Path) -> None:
+    write_series(tmp_path)
+    assert scanned(tmp_path) == ["8 False", "True"]
+
+
+def test_pydicom_that_is_loaded_in_the_midst_is_silent(tmp_path: Path) -> None:
+    """Half of the files need it, and it would warn of the value of one, on access."""
+    write_series(tmp_path / "case", 4)
+    write_series(tmp_path / "case" / "more", 4, syntax=ImplicitVRLittleEndian)
+    path = tmp_path / "case" / "more" / "002.dcm"
+    content = path.read_bytes()
+    assert content.count(b"-10") == 1  # in ImagePositionPatient
+    path.write_bytes(content.replace(b"-10", b"x10"))
+    says = scanned(tmp_path / "case")
+    assert says[0].startswith("file 6 of 8 (002.dcm): ImagePositionPatient ")
+    assert PATIENT not in says[0]
+    assert says[1] == "True"
