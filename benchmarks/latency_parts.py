@@ -164,20 +164,20 @@ def offline(subject: Subject) -> dict[str, Any]:
 def ct_series(subject: Subject) -> dict[str, Any]:
     """A raw series to the encoder's input and to tokens, beside the bare reading of its bytes."""
     classifier = FewShotClassifier.open(subject.bundle)
-    side = classifier.preprocess.slice_size
+    shape = classifier.preprocess.ct_means_shape
     files = sorted(path for path in subject.ct.rglob("*") if path.is_file())
     series = scan_series(subject.ct)
-    volume = classifier.preprocess.ct_of_slices(load_reduced(series, side))
+    volume = classifier.preprocess.ct_of_means(load_reduced(series, shape))
     session = _session(classifier, "ct_encoder")
 
     def to_input(_: int) -> NDArray[Any]:
-        return classifier.preprocess.ct_of_slices(load_reduced(scan_series(subject.ct), side))
+        return classifier.preprocess.ct_of_means(load_reduced(scan_series(subject.ct), shape))
 
     times = interleaved(
         {
             "raw read": lambda _: _raw_read(files),
             "scan": lambda _: scan_series(subject.ct),
-            "read and reduce": lambda _: load_reduced(series, side),
+            "read and reduce": lambda _: load_reduced(series, shape),
             "to input": to_input,
             "encode": lambda _: session.run({"ct": volume}),
             "pydicom loop": lambda _: _pydicom_loop(files),
@@ -199,8 +199,8 @@ def cold_start(subject: Subject) -> dict[str, Any]:
     work = subject.bundle.parent
     classifier = FewShotClassifier.open(subject.bundle)
     series = scan_series(subject.ct)
-    reduced = load_reduced(series, classifier.preprocess.slice_size)
-    np.save(work / "ct.npy", classifier.preprocess.ct_of_slices(reduced))
+    means = load_reduced(series, classifier.preprocess.ct_means_shape)
+    np.save(work / "ct.npy", classifier.preprocess.ct_of_means(means))
     context = classifier.context(None)
     tile = classifier.read(subject.tiles[0]).array[None]
     np.savez(work / "tile.npz", **_tile_inputs(classifier, context, tile))

@@ -265,7 +265,8 @@ class FewShotClassifier:
         )
 
         def read() -> Float:
-            return self.preprocess.ct_of_slices(load_reduced(series, self.preprocess.slice_size))
+            means = load_reduced(series, self.preprocess.ct_means_shape)
+            return self.preprocess.ct_of_means(means)
 
         return self._encoded(series.state, series, read, started)
 

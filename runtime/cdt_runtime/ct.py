@@ -2,7 +2,7 @@
 
     scan_series    headers only: finds the series and checks its geometry
     load_volume    decodes the pixels of a scanned series
-    load_reduced   the same, each slice brought to small means as it comes
+    load_reduced   brings each slice to small means as it comes
     read_series    scan_series, then load_volume
 
 The scan alone tells whether a series can be used and names its `state`, so that a caller can look
@@ -16,34 +16,26 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from cdt_runtime.ct_folder import check_alike, choose, drop_odd_orientation, in_order, scan_folder
 from cdt_runtime.ct_geometry import Geometry, geometry_of
-from cdt_runtime.ct_reduce import Reducer
+from cdt_runtime.ct_pass import Batch, each_batch, mean_volume
 from cdt_runtime.dicom_frame import MAX_VOXELS, Frame, Vector, frames_of
 from cdt_runtime.dicom_header import PixelFile, reading
-from cdt_runtime.dicom_pixels import cells_of, hu_of, open_raw, padding_in_tissue, payloads
+from cdt_runtime.dicom_pixels import hu_of, open_raw, padding_in_tissue
 from cdt_runtime.dicom_quiet import quiet
 from cdt_runtime.errors import SeriesError
-from cdt_runtime.parallel import side_by_side
 from cdt_runtime.printable import counted
 
-MAX_THREADS = 8
 HASH_CHUNK = 1 << 20
-
-Keep = Callable[[int, bytes | memoryview, Frame], None]
-"""Takes the place of a frame in the series, its bytes as stored, and the frame."""
-
-_Slots = list[tuple[int, Frame]]
-"""Frames of one file with their places in the series."""
 
 
 def _describe(shape: tuple[int, int, int], spacing_mm: Vector) -> str:
@@ -184,11 +176,12 @@ def load_volume(series: Series) -> Volume:
     stack = np.empty((len(series.frames), *series.geometry.shape[1:]), np.float32)
     lowest = np.empty(len(series.frames))
 
-    def keep(slot: int, payload: bytes | memoryview, frame: Frame) -> None:
-        hu = hu_of(cells_of(payload, frame), frame)
-        stack[slot], lowest[slot] = series.geometry.turn(hu), hu.min()
+    def take(batch: Batch, cells: npt.NDArray[Any]) -> None:
+        hu = hu_of(cells, batch.frames[0])
+        stack[batch.place], lowest[batch.place] = series.geometry.turn(hu), hu.min()
 
-    _each_frame(series.frames, lambda: keep)
+    with quiet():
+        each_batch([Batch(n, (frame,)) for n, frame in enumerate(series.frames)], lambda: take)
     _check_hu(float(lowest.min()), series.frames)
     return Volume(
         hu=_resampled(stack, series.geometry),
@@ -200,59 +193,24 @@ def load_volume(series: Series) -> Volume:
     )
 
 
-def load_reduced(series: Series, side: int) -> npt.NDArray[np.float32]:
+def load_reduced(series: Series, shape: tuple[int, int, int]) -> npt.NDArray[np.float32]:
     """Decodes a scanned series slice by slice, each reduced at once: a volume is never held.
 
     Args:
         series: what `scan_series` gave.
-        side: of the reduced slices.
+        shape: `(D, side, side)` of the result.
 
     Returns:
-        `(D, side, side)` float32: mean HU of the canonical volume over the exact area of each.
+        `shape` float32: mean HU of the canonical volume over the exact box of each; along an axis
+        that grows, linear interpolation.
 
     Raises:
         SeriesError: as `load_volume`.
     """
-    stack = np.empty((len(series.frames), side, side), np.float32)
-    lowest = np.empty(len(series.frames))
-
-    def reducing() -> Keep:
-        reducer = Reducer(side)
-
-        def keep(slot: int, payload: bytes | memoryview, frame: Frame) -> None:
-            small, lowest[slot] = reducer.reduced(payload, frame)
-            stack[slot] = series.geometry.turn(small)
-
-        return keep
-
-    _each_frame(series.frames, reducing)
-    _check_hu(float(lowest.min()), series.frames)
-    return _resampled(stack, series.geometry)
-
-
-def _each_frame(frames: Sequence[Frame], keeper: Callable[[], Keep]) -> None:
-    """Reads each frame once, files side by side; a keeper of each thread takes what it reads."""
-
-    def reading_files() -> Callable[[_Slots], None]:
-        keep, buffer = keeper(), bytearray(max(frame.layout.frame_bytes for frame in frames))
-
-        def fill(slots: _Slots) -> None:
-            first, wanted = slots[0][1], {frame.index: (slot, frame) for slot, frame in slots}
-            for index, payload in enumerate(payloads(first.file, first.layout, buffer)):
-                if index in wanted:
-                    slot, frame = wanted[index]
-                    keep(slot, payload, frame)
-
-        return fill
-
-    numbered = sorted(enumerate(frames), key=lambda pair: pair[1].file.path)
     with quiet():
-        side_by_side(reading_files, _by_file(numbered), MAX_THREADS)
-
-
-def _by_file(numbered: _Slots) -> list[_Slots]:
-    groups = groupby(numbered, key=lambda pair: pair[1].file.path)
-    return [list(group) for _, group in groups]
+        means, lowest = mean_volume(series.frames, series.geometry, shape)
+    _check_hu(lowest, series.frames)
+    return means
 
 
 def _check_hu(lowest: float, frames: Sequence[Frame]) -> None:

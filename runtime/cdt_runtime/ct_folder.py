@@ -265,14 +265,15 @@ def check_alike(frames: Sequence[Frame]) -> None:
     )
     for what, value_of, unit in checks:
         values = Counter(map(value_of, frames))
+        if len(values) == 1:
+            continue
         usual = values.most_common(1)[0][0]
-        odd = next((f for f in frames if value_of(f) != usual), None)
-        if odd is not None:
-            is_now, should_be = (" x ".join(f"{v:g}" for v in v2) for v2 in (value_of(odd), usual))
-            raise SeriesError(
-                f"{odd.name}: {what} is {is_now}{unit}, expected {should_be}{unit} as in the other "
-                "slices: take the odd slice out"
-            )
+        odd = next(f for f in frames if value_of(f) != usual)
+        is_now, should_be = (" x ".join(f"{v:g}" for v in v2) for v2 in (value_of(odd), usual))
+        raise SeriesError(
+            f"{odd.name}: {what} is {is_now}{unit}, expected {should_be}{unit} as in the other "
+            "slices: take the odd slice out"
+        )
 
 
 class _Digests:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from cdt_runtime.dicom_fields import EXPORT_AGAIN, Fields
@@ -93,6 +93,21 @@ class Frame:
         """How messages call the frame."""
         many = self.layout.frames > 1
         return f"{self.file.name} frame {self.index}" if many else self.file.name
+
+    def moved(self, file: PixelFile, position: Vector) -> Frame:
+        """The frame of another file that differs in its place alone."""
+        return Frame(
+            file,
+            self.index,
+            self.layout,
+            position,
+            self.row_direction,
+            self.column_direction,
+            self.spacing,
+            self.thickness,
+            self.rescale,
+            self.padding,
+        )
 
 
 def _layout(fields: Fields) -> PixelLayout:
@@ -306,7 +321,7 @@ def frames_of(header: Header) -> list[Frame]:
         return frames
     # The frame of a file alike: its own are the place in the patient and the bytes.
     _check_pixel_bytes(header, first.layout)
-    return [replace(first, file=header.file, position=_position(header.fields))]
+    return [first.moved(header.file, _position(header.fields))]
 
 
 __all__ = ["EXPORT_AGAIN", "Frame", "PixelLayout", "Rescale", "Vector", "frames_of"]

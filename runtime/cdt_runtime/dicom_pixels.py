@@ -31,6 +31,7 @@ TISSUE_HU = (-900.0, 3000.0)
 """A padding value inside this range would punch holes into the patient."""
 
 Array = npt.NDArray[Any]
+Payload = bytes | bytearray | memoryview
 
 
 def _damaged(name: str, what: str) -> SeriesError:
@@ -157,33 +158,47 @@ def _open_pixels(file: PixelFile) -> BinaryIO:
         return inflate(stream, file.name)
 
 
-def payloads(
-    file: PixelFile, layout: PixelLayout, buffer: bytearray | None = None
-) -> Iterator[bytes | memoryview]:
-    """The bytes of each frame as they are stored, compressed or not; call it inside `quiet`.
+def is_raw(file: PixelFile) -> bool:
+    """Whether the pixels lie in the file as they are, neither compressed nor deflated."""
+    return not file.syntax.codec and not file.syntax.deflated
+
+
+def read_raw(frame: Frame, room: memoryview) -> None:
+    """Read the bytes of a frame of a raw file.
 
     Args:
-        file: where they lie.
-        layout: of its frames.
-        buffer: takes each uncompressed frame in turn, in place of memory of its own; as large as a
-            frame at least.
+        frame: its header.
+        room: what they fill.
+
+    Raises:
+        SeriesError: the file is not the one that was scanned, or can't be read.
     """
+    with reading(frame.file.name), open_raw(frame.file) as stream:
+        stream.seek(frame.file.offset + frame.index * len(room))
+        _fill(stream, room, frame.name)
+
+
+def _fill(stream: BinaryIO | FileIO, room: memoryview, name: str) -> None:
+    done = 0
+    # A read may give less than was asked for before the file ends, as on some network disks.
+    while done < len(room):
+        count = stream.readinto(room[done:])  # type: ignore[union-attr]
+        if not count:
+            raise _damaged(name, "the pixels are cut short")
+        done += count
+
+
+def payloads(file: PixelFile, layout: PixelLayout) -> Iterator[Payload]:
+    """The bytes of each frame as they are stored, compressed or not; call it inside `quiet`."""
     with reading(file.name), _open_pixels(file) as stream:
         stream.seek(file.offset)
         if not file.syntax.codec:
             for _ in range(layout.frames):
-                yield _read_frame(stream, layout.frame_bytes, buffer)
+                frame = bytearray(layout.frame_bytes)
+                _fill(stream, memoryview(frame), file.name)
+                yield frame
             return
         yield from _fragments(stream.read(), file, layout.frames)
-
-
-def _read_frame(stream: BinaryIO, size: int, buffer: bytearray | None) -> memoryview:
-    """One frame, or what there is of it."""
-    room, done = memoryview(bytearray(size) if buffer is None else buffer)[:size], 0
-    # A read may give less than was asked for before the file ends, as on some network disks.
-    while done < size and (count := stream.readinto(room[done:])):  # type: ignore[attr-defined]
-        done += count
-    return room[:done]
 
 
 def _fragments(data: bytes, file: PixelFile, frames: int) -> list[bytes]:
@@ -223,24 +238,26 @@ def hu_of(cells: Array, frame: Frame) -> npt.NDArray[np.float32]:
     return clamped
 
 
-def cells_of(payload: bytes | memoryview, frame: Frame) -> Array:
-    """What the file or the codec holds for one frame, in the header's width and this byte order.
+def cells_of(payload: Payload, frame: Frame, count: int = 1) -> Array:
+    """What the file or the codec holds for a frame, in the header's width and this byte order.
 
     Args:
         payload: its bytes, from `payloads`.
         frame: its header.
+        count: of frames like it, whose raw bytes follow each other.
+
+    Returns:
+        `(count * rows, columns)` unsigned integers.
 
     Raises:
         SeriesError: the pixels are damaged or cut short.
     """
     layout, native = frame.layout, not frame.file.syntax.codec
-    if native and len(payload) < layout.frame_bytes:
-        raise _damaged(frame.name, "the pixels are cut short")
     order = "<" if frame.file.syntax.little_endian else ">"
     width = layout.bits_allocated // 8
     cells = np.frombuffer(payload, f"{order}u{width}") if native else _decode(bytes(payload), frame)
     # The cast brings a codec's own type to the header's width and turns the byte order.
-    cells = cells.reshape(layout.rows, layout.columns).astype(f"u{width}", copy=False)
+    cells = cells.reshape(count * layout.rows, layout.columns).astype(f"u{width}", copy=False)
     if native and layout.high_bit + 1 > layout.bits_stored:
         cells = cells >> (layout.high_bit + 1 - layout.bits_stored)
     return cells

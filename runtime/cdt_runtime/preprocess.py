@@ -69,6 +69,11 @@ class Preprocess:
         return (1, len(self.hu_windows), self.ct_depth, self.slice_size, self.slice_size)
 
     @property
+    def ct_means_shape(self) -> tuple[int, int, int]:
+        """Shape of a volume that was brought to the size of a CT input, `(D, S, S)`."""
+        return (self.ct_depth, self.slice_size, self.slice_size)
+
+    @property
     def sha256(self) -> str:
         """Identity of the preprocessing: prototypes and cached tokens are bound to it."""
         text = json.dumps(self.to_dict(), sort_keys=True)
@@ -110,10 +115,7 @@ class Preprocess:
         Raises:
             SeriesError: too few slices, or HU that are not finite.
         """
-        return self.ct_of_slices(volume.hu)
-
-    def ct_of_slices(self, hu: Float) -> Float:
-        """As `ct`, of slices `(D, H, W)` in HU, which may have been reduced in the plane before."""
+        hu = volume.hu
         shape = hu.shape
         if len(shape) != 3 or 0 in shape or shape[0] < self.min_slices:
             raise SeriesError(
@@ -121,7 +123,10 @@ class Preprocess:
             )
         if not np.isfinite(hu).all():
             raise SeriesError("volume: some HU are not finite: mask them to -1024 first")
-        small = area_resize(hu, (self.ct_depth, self.slice_size, self.slice_size))
+        return self.ct_of_means(area_resize(hu, self.ct_means_shape))
+
+    def ct_of_means(self, small: Float) -> Float:
+        """As `ct`, of mean HU `ct_means_shape`: those that `load_reduced` gives."""
         windows = [(small - low) * (2.0 / (high - low)) - 1.0 for low, high in self.hu_windows]
         return np.clip(np.stack(windows)[None], -1.0, 1.0).astype(np.float32)
 

@@ -15,7 +15,9 @@ _PERSONAL = re.compile(r"\d{6}|(\d+\.){2}|\d{4}-\d\d-\d\d|\^")
 
 def printable(text: str, *, instead: str = "?", most: int = MAX_NAME) -> str:
     """Text as one line: control characters and broken bytes become `instead`, the rest is cut."""
-    return "".join(c if c.isprintable() else instead for c in text)[:most]
+    if not text.isprintable():
+        text = "".join(c if c.isprintable() else instead for c in text)
+    return text[:most]
 
 
 def last_part(path: Path) -> str:

@@ -23,10 +23,13 @@ def read_series(folder: str | os.PathLike[str], **options: Any) -> Volume:
     assert repr(series.frames) == repr(parsed.frames)
     assert (repr(series.geometry), series.warnings) == (repr(parsed.geometry), parsed.warnings)
     volume = load_volume(series)
-    rows, columns = volume.hu.shape[1:]
+    depth, rows, columns = volume.hu.shape
     for side in (128, 100) if min(rows, columns) >= 128 else (2, 3):
-        expected = _shares(rows, side) @ volume.hu.astype(np.float64) @ _shares(columns, side).T
-        np.testing.assert_allclose(load_reduced(series, side), expected, rtol=0, atol=0.01)
+        exact = _shares(rows, side) @ volume.hu.astype(np.float64) @ _shares(columns, side).T
+        for thick in {1, max(1, depth // 3), max(1, depth - 1), depth}:
+            expected = np.tensordot(_shares(depth, thick), exact, axes=1)
+            found = load_reduced(series, (thick, side, side))
+            np.testing.assert_allclose(found, expected, rtol=0, atol=0.01)
     return volume
 
 

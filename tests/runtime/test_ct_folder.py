@@ -123,7 +123,7 @@ class TestTheSystemRefuses:
 
         says = r"^file \d of 8 \(00\d\.dcm\) can't be read \(Input/output error\): check"
         monkeypatch.setattr("cdt_runtime.dicom_pixels.open_raw", lambda file: FailingDisk())
-        for load in (load_volume, lambda found: load_reduced(found, 4)):
+        for load in (load_volume, lambda found: load_reduced(found, (4, 4, 4))):
             with pytest.raises(SeriesError, match=says):
                 load(series)
 
