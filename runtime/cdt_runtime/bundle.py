@@ -13,13 +13,16 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
 from cdt_runtime.errors import BundleError
 from cdt_runtime.files import sync_folder, write_synced
+from cdt_runtime.parallel import side_by_side
 from cdt_runtime.preprocess import Preprocess
 
 SCHEMA = 2
@@ -28,6 +31,9 @@ MANIFEST = "bundle.json"
 GRAPHS = ("ct_encoder", "path_encoder", "bridge", "head", "tile_classifier")
 REQUIRED = {"files": dict, "graphs": dict, "preprocess": dict, "training": dict, "precision": str}
 """Entries of the manifest that the runtime looks up."""
+
+MAX_THREADS = 4
+"""To check files with."""
 
 _SELF_HASH = "manifest_sha256"
 
@@ -56,8 +62,7 @@ class Bundle:
         manifest = _read_manifest(folder)
         _check_listing(folder, manifest["files"])
         bundle = cls(folder, manifest)
-        for name in manifest["files"]:
-            bundle.read(name)
+        side_by_side(lambda: bundle.check, manifest["files"], MAX_THREADS)
         return bundle
 
     def read(self, name: str) -> bytes:
@@ -66,23 +71,42 @@ class Bundle:
         Raises:
             BundleError: the file is not listed, missing or altered.
         """
-        entry = self.manifest["files"].get(name)
-        if entry is None:
+        with self._opened(name) as file:
+            data = file.read()
+        self._compare(name, len(data), sha256(data))
+        return data
+
+    def check(self, name: str) -> None:
+        """Check a file against the manifest, as `read` does, without holding it.
+
+        Raises:
+            BundleError: as `read`.
+        """
+        with self._opened(name) as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+            self._compare(name, file.tell(), found)
+
+    @contextmanager
+    def _opened(self, name: str) -> Iterator[BufferedReader]:
+        if name not in self.manifest["files"]:
             raise BundleError(
                 f"{self.path.name}: no {name} in the manifest: export the bundle again"
             )
         try:
-            data = (self.path / name).read_bytes()
+            with (self.path / name).open("rb") as file:
+                yield file
         except OSError as error:
             raise BundleError(
                 f"{self.path.name}/{name}: can't be read ({error.strerror})"
             ) from error
-        if len(data) != entry["bytes"] or sha256(data) != entry["sha256"]:
+
+    def _compare(self, name: str, size: int, found: str) -> None:
+        entry = self.manifest["files"][name]
+        if size != entry["bytes"] or found != entry["sha256"]:
             raise BundleError(
                 f"{self.path.name}/{name}: altered since export (SHA-256 differs from the "
                 f"manifest): copy or export the bundle again"
             )
-        return data
 
     @property
     def preprocess(self) -> Preprocess:
