@@ -3,7 +3,7 @@
 The size that a compressed stream states is compared with the header before anything is decoded,
 and a stream without its end mark is refused (see `codestream`).
 
-Source: DICOM PS3.5 A.4 and annex G (RLE).
+Source: DICOM PS3.5 A.4 (fragments) and annex G (RLE).
 """
 
 from __future__ import annotations
@@ -29,6 +29,10 @@ AIR_HU = -1024.0
 """What stands where nothing was measured, and the lowest value that a volume holds."""
 TISSUE_HU = (-900.0, 3000.0)
 """A padding value inside this range would punch holes into the patient."""
+
+ITEM, LAST_ITEM = b"\xfe\xff\x00\xe0", b"\xfe\xff\xdd\xe0"
+OFFSETS = (b"", bytes(4))
+"""The first item of a single frame: where frames begin, if it says so."""
 
 Array = npt.NDArray[Any]
 Payload = bytes | bytearray | memoryview
@@ -202,6 +206,10 @@ def payloads(file: PixelFile, layout: PixelLayout) -> Iterator[Payload]:
 
 
 def _fragments(data: bytes, file: PixelFile, frames: int) -> list[bytes]:
+    """Each compressed frame; how pydicom takes them apart counts where it is not plain."""
+    only = _only_frame(data) if frames == 1 else None
+    if only is not None:
+        return [only]
     load_pydicom()
     from pydicom.encaps import generate_frames
 
@@ -213,6 +221,18 @@ def _fragments(data: bytes, file: PixelFile, frames: int) -> list[bytes]:
         count = counted(len(found), "compressed frame")
         raise _damaged(file.name, f"{count}, NumberOfFrames says {frames}")
     return found
+
+
+def _only_frame(data: bytes) -> bytes | None:
+    """The fragments of a single frame, joined; None where they are not written as most are."""
+    place, items = 0, []
+    while data[place : place + 4] == ITEM and place + 8 <= len(data):
+        end = place + 8 + int.from_bytes(data[place + 4 : place + 8], "little")
+        items.append(data[place + 8 : end])
+        place = end
+    if data[place : place + 4] != LAST_ITEM or len(items) < 2 or items[0] not in OFFSETS:
+        return None
+    return b"".join(items[1:])
 
 
 def hu_of(cells: Array, frame: Frame) -> npt.NDArray[np.float32]:
