@@ -316,10 +316,10 @@ def frames_of(header: Header) -> list[Frame]:
     Raises:
         SeriesError: an attribute is missing, malformed or out of range.
     """
-    first, *more = frames = header.once(_every_frame)
-    if more or first.file is header.file:
+    frames = header.once(_every_frame)
+    if frames[0].file is header.file:
         return frames
-    # The frame of a file alike: its own are the place in the patient and the bytes.
+    (first,) = frames  # of a file alike, which differs in its place in the patient and its bytes
     _check_pixel_bytes(header, first.layout)
     return [first.moved(header.file, _position(header.fields))]
 
