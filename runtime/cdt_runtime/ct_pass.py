@@ -70,7 +70,7 @@ def each_batch(batches: Sequence[Batch], taker: Callable[[], Take]) -> None:
     largest = max(batch.size for batch in batches)
 
     def worker() -> Callable[[list[Batch]], None]:
-        take, room = taker(), memoryview(bytearray(largest))
+        take, room = taker(), np.empty(largest, np.uint8).data
 
         def do(job: list[Batch]) -> None:
             for batch, payload, frame in _read_raw(job, room) if job[0].is_raw else _decoded(job):
