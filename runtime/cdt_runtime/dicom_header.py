@@ -79,10 +79,10 @@ class Header:
         return Fields(self.file.name, self.data)
 
     def once(self, make: Callable[[Header], T]) -> T:
-        """What a function makes of the header, called once for all files that are alike.
+        """What a function makes of the first of the headers that are alike; it is called once.
 
-        Args:
-            make: looks at neither the file nor ImagePositionPatient.
+        Alike are those of one scan that differ in their file and in ImagePositionPatient alone;
+        where `make` looks at these, what it gives is the first's. Errors are not kept.
         """
         if not isinstance(self.data, Walked):
             return make(self)
