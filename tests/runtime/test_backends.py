@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from cdt_runtime import golden, proof
-from cdt_runtime.backends import BACKENDS, Precision, open_session, ort, ort_cuda, ov
+from cdt_runtime.backends import BACKENDS, Precision, open_session, ort, ort_cuda, ov, shapes
 from cdt_runtime.bundle import Bundle
 from cdt_runtime.classifier import FewShotClassifier
 from cdt_runtime.errors import BackendError, ParityError
@@ -110,7 +110,7 @@ def test_what_stays_on_the_device_is_renewed_when_it_changes(
 def test_sessions_of_rare_sizes_make_room(
     bundle: Bundle, bound: ort_cuda.CudaSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ort_cuda, "KEPT", 2)
+    monkeypatch.setattr(shapes, "KEPT", 2)
     for batch in (1, 2, 1, 4):
         bound.run(random_inputs(batch, bundle))
     assert [*bound._fixed] == [(1, 2), (4, 2)]

@@ -15,17 +15,12 @@ from numpy.typing import NDArray
 
 from cdt_runtime.backends.ort import CPU, CURE, load
 from cdt_runtime.backends.session import Precision, first_line
+from cdt_runtime.backends.shapes import BATCH, Input, ShapedSession
 from cdt_runtime.errors import BackendError
 
 PROVIDER = "CUDAExecutionProvider"
-BATCH = "batch"
-"""Name of the dimension that a call may choose freely."""
-
 PROBE = {BATCH: 1, "classes": 2}
 """Sizes of the session that is opened first: it tells whether the GPU can be used at all."""
-
-KEPT = 8
-"""Sessions that are kept a graph; the one that was unused for longest makes room."""
 
 _TYPES = {
     "tensor(float)": np.float32,
@@ -35,7 +30,7 @@ _TYPES = {
 }
 
 
-class CudaSession:
+class CudaSession(ShapedSession):
     """A graph on the first NVIDIA GPU.
 
     Args:
@@ -49,73 +44,32 @@ class CudaSession:
 
     def __init__(self, graph: bytes, precision: Precision, provider: str = PROVIDER) -> None:
         self._graph, self._provider = graph, provider
-        self.half = precision == "auto"
+        half = precision == "auto"
         self._settings: dict[str, str] = {}
         if provider == PROVIDER:
             # An exhaustive search of kernels would cost more at the start than it saves.
             self._settings = {
-                "use_tf32": str(int(self.half)),
+                "use_tf32": str(int(half)),
                 "enable_cuda_graph": "1",
                 "cudnn_conv_algo_search": "HEURISTIC",
             }
         # Once fixed, a dimension has lost its name: the free graph is asked, on the CPU.
-        inputs = load(graph, CPU).get_inputs()
-        self._symbols = {one.name: tuple(one.shape) for one in inputs}
-        self._types = {one.name: np.dtype(_TYPES[one.type]) for one in inputs}
-        free = [d for one in self._symbols.values() for d in one if isinstance(d, str)]
+        inputs = {
+            one.name: Input(tuple(one.shape), np.dtype(_TYPES[one.type]))
+            for one in load(graph, CPU).get_inputs()
+        }
+        super().__init__(inputs, provider, half)
+        free = [d for one in inputs.values() for d in one.shape if isinstance(d, str)]
         sizes = {name: PROBE[name] for name in dict.fromkeys(free)}
-        self._fixed = {tuple(sizes.values()): self._open(sizes)}
-        self.engine = next(iter(self._fixed.values())).engine
-
-    def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """Run the graph; a batch is filled up to the next power of two.
-
-        Raises:
-            BackendError: the engine refused the inputs or ran out of memory.
-        """
-        sizes = self._sizes(inputs)
-        count = sizes.get(BATCH, 1)
-        if BATCH in sizes:
-            sizes[BATCH] = 1 << (count - 1).bit_length()
-        key = tuple(sizes.values())
-        fixed = self._fixed.pop(key, None) or self._open(sizes)
-        self._fixed[key] = fixed  # the newest is last
-        while len(self._fixed) > KEPT:
-            del self._fixed[next(iter(self._fixed))]
-        try:
-            return fixed.run(inputs, count)
-        except Exception as error:  # as in `OrtSession.run`
-            raise BackendError(f"{self.engine}: {first_line(error)}") from error
-
-    def _sizes(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, int]:
-        """The sizes that this call gives the free dimensions.
-
-        Raises:
-            BackendError: two inputs disagree, or one is missing, empty or of another rank or type.
-        """
-        sizes: dict[str, int] = {}
-        for name, symbols in self._symbols.items():
-            if name not in inputs:
-                raise BackendError(f"{self.engine}: input {name} is missing")
-            given, kind = inputs[name], self._types[name]
-            fits = len(given.shape) == len(symbols) and all(
-                0 < size == (symbol if isinstance(symbol, int) else sizes.setdefault(symbol, size))
-                for size, symbol in zip(given.shape, symbols, strict=True)
-            )
-            # The device takes bytes as they are: another type would be read as this one.
-            if not fits or given.dtype != kind:
-                raise BackendError(
-                    f"{self.engine}: input {name}: expected {kind} {list(symbols)}, found "
-                    f"{given.dtype} {list(given.shape)}"
-                )
-        return sizes
+        first = self._open(sizes)
+        self._fixed[tuple(sizes.values())] = first
+        self.engine = first.engine
 
     def _open(self, sizes: Mapping[str, int]) -> _Fixed:
         session = load(self._graph, self._provider, self._settings, sizes)
-        batched = [name for name, symbols in self._symbols.items() if BATCH in symbols]
         device = "cuda" if self._provider == PROVIDER else "cpu"
         try:
-            return _Fixed(session, batched, device)
+            return _Fixed(session, self._batched, device)
         except Exception as error:  # as in `OrtSession.run`
             raise BackendError(f"{self._provider}: {first_line(error)}{CURE}") from error
 
