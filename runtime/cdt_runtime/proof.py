@@ -100,7 +100,8 @@ def examine(
 ) -> list[Outcome]:
     """Test and time every engine that is there, or take up what is kept.
 
-    An engine whose fastest precision fails is tried in `fp32`.
+    An engine whose fastest precision fails is tried in `fp32`. One that runs only what was built
+    for it before is passed over until that is there.
 
     Args:
         bundle: an opened bundle.
@@ -112,7 +113,7 @@ def examine(
         One outcome an engine, in the order of `BACKENDS`.
     """
     found = []
-    for name in (name for name, backend in BACKENDS.items() if backend.present()):
+    for name in (name for name in BACKENDS if _built(bundle, name) is not None):
         for tried in dict.fromkeys((precision, EXACT)):
             try:
                 outcome = _outcome(bundle, name, tried, folder, anew)
@@ -123,6 +124,13 @@ def examine(
                 break
         found.append(outcome)
     return found
+
+
+def _built(bundle: Bundle, name: str) -> str | None:
+    """What an engine built for a bundle; None where it is missing, or the engine is."""
+    files = bundle.manifest["files"]
+    graphs = [files[f"{graph}.onnx"]["sha256"] for graph in bundle.manifest["graphs"]]
+    return BACKENDS[name].built(graphs) if BACKENDS[name].present() else None
 
 
 def _outcome(
@@ -168,6 +176,7 @@ def _key(bundle: Bundle, name: str, precision: Precision) -> str:
         bundle.manifest["files"],
         name,
         [_version(package) for package in BACKENDS[name].packages],
+        _built(bundle, name),
         precision,
         platform.node(),
         platform.machine(),

@@ -7,13 +7,14 @@ write a module beside this file and one entry in `BACKENDS`. Which is fastest is
 
 from __future__ import annotations
 
-from cdt_runtime.backends import ort, ort_cuda, ov
+from cdt_runtime.backends import ort, ort_cuda, ov, trt, trt_plan
 from cdt_runtime.backends.session import Arrays, Backend, Precision, Session
 from cdt_runtime.errors import BackendError
 
 __all__ = ["BACKENDS", "Arrays", "Backend", "Precision", "Session", "open_session"]
 
 BACKENDS: dict[str, Backend] = {
+    "tensorrt": Backend(trt.tensorrt, trt.present, trt.PACKAGES, trt_plan.built),
     "cuda": Backend(ort_cuda.cuda, ort.gpu_present, ort.PACKAGES),
     "openvino": Backend(ov.cpu, ov.present, ("openvino",)),
     "onnxruntime": Backend(ort.cpu, lambda: True, ort.PACKAGES),

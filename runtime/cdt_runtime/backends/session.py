@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -35,11 +35,14 @@ class Backend:
             says why it can't.
         present: tells in no time, and without loading anything, whether it is worth a try.
         packages: distributions that may provide it; results depend on their version.
+        built: of the SHA-256 of a bundle's graphs, what tells that which was built for them here
+            from any other; None where something is to be built first.
     """
 
     open: Callable[[bytes, Precision], Session]
     present: Callable[[], bool]
     packages: tuple[str, ...]
+    built: Callable[[Sequence[str]], str | None] = lambda graphs: ""
 
 
 def first_line(error: Exception) -> str:
