@@ -53,7 +53,8 @@ class TensorRtSession(ShapedSession):
             for start in range(0, count, LARGEST_BATCH):
                 rows = slice(start, start + LARGEST_BATCH)
                 some = {**inputs, **{name: inputs[name][rows] for name in self._batched}}
-                free = {**sizes, BATCH: min(LARGEST_BATCH, count - start)} if sizes else {}
+                left = min(LARGEST_BATCH, count - start)
+                free = {**sizes, BATCH: left} if BATCH in sizes else sizes
                 parts.append(super()._run(some, free))
         if len(parts) == 1:
             return parts[0]
