@@ -244,7 +244,7 @@ class ITensor:
         return str(self._name)
 
     @property
-    def dtype(self) -> str:
+    def dtype(self) -> Any:
         return self._kind
 
     @property
@@ -256,15 +256,15 @@ class ITensor:
 
 
 class INetworkDefinition:
-    graph = b""
-    inputs: Sequence[ITensor] = ()
+    _graph = b""
+    _inputs: Sequence[ITensor] = ()
 
     @property
     def num_inputs(self) -> int:
-        return len(self.inputs)
+        return len(self._inputs)
 
     def get_input(self, index: int) -> ITensor:
-        return self.inputs[index]
+        return self._inputs[index]
 
 
 class ParserError:
@@ -284,8 +284,8 @@ class OnnxParser:
             session = _session(model)
         except Exception:
             return False
-        self._network.graph = model
-        self._network.inputs = [ITensor(one) for one in session.get_inputs()]
+        self._network._graph = model
+        self._network._inputs = [ITensor(one) for one in session.get_inputs()]
         return True
 
     @property
@@ -341,7 +341,7 @@ class IBuilderConfig:
 
 
 class Builder:
-    refuses = False
+    _refuses = False
 
     def __init__(self, logger: ILogger) -> None:
         GPU.need()
@@ -361,14 +361,14 @@ class Builder:
         self, network: INetworkDefinition, config: IBuilderConfig
     ) -> IHostMemory | None:
         GPU.log.append("build")
-        if self.refuses:
+        if self._refuses:
             self._logger.log(ILogger.Severity.ERROR, "no kernel\nfor node 7")
             self._logger.log(ILogger.Severity.WARNING, "by the way")
             return None
-        free = any(-1 in one.shape for one in network.inputs)
+        free = any(-1 in one.shape for one in network._inputs)
         assert bool(config.profiles) == free
         head = json.dumps([one.shapes for one in config.profiles])
-        return IHostMemory(b"PLAN" + head.encode() + b"\0" + network.graph)
+        return IHostMemory(b"PLAN" + head.encode() + b"\0" + network._graph)
 
 
 class IExecutionContext:
@@ -442,7 +442,7 @@ class ICudaEngine:
     def get_tensor_name(self, index: int) -> str:
         return [*self._arguments][index]
 
-    def get_tensor_dtype(self, name: str) -> str:
+    def get_tensor_dtype(self, name: str) -> Any:
         return KINDS[self._arguments[name].type]
 
     def get_tensor_mode(self, name: str) -> TensorIOMode:
@@ -471,24 +471,18 @@ def nptype(trt_type: str) -> Any:
     return np.dtype(trt_type).type
 
 
-TENSORRT = (
-    BuilderFlag,
-    NetworkDefinitionCreationFlag,
-    TensorIOMode,
-    ILogger,
-    ITensor,
-    INetworkDefinition,
-    ParserError,
-    OnnxParser,
-    IOptimizationProfile,
-    ITimingCache,
-    IBuilderConfig,
-    Builder,
-    IExecutionContext,
-    ICudaEngine,
-    Runtime,
-    nptype,
+NAMED = (
+    *(BuilderFlag, NetworkDefinitionCreationFlag, TensorIOMode),
+    *(ILogger, Builder, OnnxParser, Runtime, nptype),
 )
+"""What is reached by its name in the module, and can be made."""
+
+GIVEN = (
+    *(ITensor, INetworkDefinition, ParserError, IOptimizationProfile, ITimingCache),
+    *(IBuilderConfig, IExecutionContext, ICudaEngine),
+)
+"""What only the others give."""
+
 PYCUDA = (
     *(Error, Stream, Device, init, get_driver_version, mem_alloc),
     *(pagelocked_empty, memcpy_htod_async, memcpy_dtoh_async),
@@ -496,10 +490,10 @@ PYCUDA = (
 
 
 def modules() -> dict[str, ModuleType]:
-    """What stands in `sys.modules`: only what is listed above, so that a wrong name fails."""
+    """What stands in `sys.modules`: only what is listed here, so that a wrong name fails."""
     tensorrt, pycuda = ModuleType("tensorrt"), ModuleType("pycuda")
     driver = ModuleType("pycuda.driver")
-    vars(tensorrt).update({one.__name__: one for one in TENSORRT}, __version__=__version__)
+    vars(tensorrt).update({one.__name__: one for one in NAMED}, __version__=__version__)
     vars(driver).update({one.__name__: one for one in PYCUDA})
     vars(pycuda).update(driver=driver)
     found = {one.__name__: one for one in (tensorrt, pycuda, driver)}

@@ -340,7 +340,7 @@ def test_a_graph_that_can_not_be_built_is_one_error(graph: bytes, message: str) 
 
 
 def test_why_a_plan_can_not_be_built_is_taken_from_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fake.Builder, "refuses", True)
+    monkeypatch.setattr(fake.Builder, "_refuses", True)
     with pytest.raises(BackendError, match=r"TensorRT can't build a plan: no kernel for node 7$"):
         build(small_graph())
 
