@@ -80,7 +80,10 @@ def run_python(code: str, python: str = sys.executable) -> str:
     ).stdout
 
 
-@pytest.mark.parametrize("module", ["cdt_runtime.cli", "cdt_train.cli", "cdt_export.cli"])
+@pytest.mark.parametrize(
+    "module",
+    ["cdt_runtime.cli", "cdt_runtime.doctor_cli", "cdt_train.cli", "cdt_export.cli"],
+)
 def test_a_command_imports_nothing_heavy_before_it_works(module: str) -> None:
     code = f"import sys, {module}; print(sorted(set({HEAVY!r}) & set(sys.modules)))"
     assert run_python(code).strip() == "[]"

@@ -14,12 +14,18 @@ import pytest
 
 from cdt_export.cli import export_command
 from cdt_runtime.cli import infer_command
+from cdt_runtime.doctor_cli import doctor_command
 from cdt_train.cli import COMMANDS as SUBCOMMANDS
 from cdt_train.cli import train_command
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = {"cdt-train": train_command, "cdt-export": export_command, "cdt-infer": infer_command}
+COMMANDS = {
+    "cdt-train": train_command,
+    "cdt-export": export_command,
+    "cdt-infer": infer_command,
+    "cdt-doctor": doctor_command,
+}
 SHOWN = sorted(
     set(re.findall(r"`((?:cdt-\w+|make|pytest) [^`]+)`", README))
     | set(re.findall(r"^\$ ((?:cdt-\w+|make|pytest)[^#\n]*)", README, flags=re.MULTILINE))

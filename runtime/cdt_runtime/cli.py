@@ -1,4 +1,4 @@
-"""The runtime's commands. Only this module reads options; heavy imports wait for the work."""
+"""The command `cdt-infer`. Only this module reads its options; heavy imports wait for the work."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def infer() -> NoReturn:
     "--backend",
     default="auto",
     show_default=True,
-    help="auto (the fastest that passes the self-test), cuda, openvino or onnxruntime.",
+    help="auto (the fastest that passes the self-test), tensorrt, cuda, openvino or onnxruntime.",
 )
 @click.option(
     "--precision",

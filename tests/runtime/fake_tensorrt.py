@@ -495,7 +495,6 @@ def modules() -> dict[str, ModuleType]:
     driver = ModuleType("pycuda.driver")
     vars(tensorrt).update({one.__name__: one for one in NAMED}, __version__=__version__)
     vars(driver).update({one.__name__: one for one in PYCUDA})
-    vars(pycuda).update(driver=driver)
     found = {one.__name__: one for one in (tensorrt, pycuda, driver)}
     for name, one in found.items():
         one.__spec__ = ModuleSpec(name, None)

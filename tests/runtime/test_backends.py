@@ -151,7 +151,7 @@ def test_what_the_device_refuses_is_said_in_one_line(
 
 
 def test_an_unknown_backend_is_said(bundle_dir: Path) -> None:
-    expected = "backend 'tpu': expected one of auto, cuda, openvino, onnxruntime"
+    expected = "backend 'tpu': expected one of auto, tensorrt, cuda, openvino, onnxruntime"
     with pytest.raises(BackendError, match=expected):
         FewShotClassifier.open(bundle_dir, backend="tpu")
 

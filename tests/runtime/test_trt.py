@@ -16,9 +16,13 @@ from cdt_runtime.backends import BACKENDS, device, open_session, ort, trt, trt_l
 from cdt_runtime.backends.trt_build import build_plans
 from cdt_runtime.bundle import Bundle, sha256
 from cdt_runtime.classifier import FewShotClassifier
+from cdt_runtime.doctor_cli import doctor_command
 from cdt_runtime.errors import BackendError
 from cdt_runtime.golden import FULL, self_test
 from cdt_runtime.proof import choose_backend, examine
+
+INSTALL = r"pip install 'cdt-edge\[tensorrt\]', or use another --backend$"
+GPU = "NVIDIA Fake (compute 9.0) with TensorRT 11.4.0.106, CUDA driver 13000"
 
 
 def small_graph(constant: float = 2.0, tile: str = "batch") -> bytes:
@@ -372,8 +376,11 @@ def broken_init(flags: int = 0) -> None:
     [
         (
             lambda m: m.setitem(sys.modules, "tensorrt", None),
-            "TensorRT can't be loaded: .*: check the GPU and its driver and pip install "
-            r"'cdt-edge\[tensorrt\]', or use another --backend",
+            rf"tensorrt is not installed: {INSTALL}",
+        ),
+        (
+            lambda m: m.setitem(sys.modules, "pycuda", None),
+            rf"pycuda is not installed: {INSTALL}",
         ),
         (
             lambda m: m.setattr(sys.modules["tensorrt"], "__version__", "9.3.0"),
@@ -381,7 +388,7 @@ def broken_init(flags: int = 0) -> None:
         ),
         (
             lambda m: m.setitem(sys.modules, "pycuda.driver", None),
-            "pycuda can't be loaded: .*: check the GPU",
+            rf"pycuda can't be loaded: .*: check the GPU and its driver and {INSTALL}",
         ),
         (
             lambda m: m.setattr(sys.modules["pycuda.driver"], "init", broken_init),
@@ -396,7 +403,6 @@ def test_what_is_missing_is_said_with_its_cure(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     change(monkeypatch)
-    monkeypatch.delattr(sys.modules["pycuda"], "driver", raising=False)
     with pytest.raises(BackendError, match=f"^backend 'tensorrt': {message}") as caught:
         open_session("tensorrt", small_graph())
     assert "\n" not in str(caught.value)
@@ -421,6 +427,19 @@ def test_a_bundle_decides_on_plans_as_pytorch_did(bundle_dir: Path, tmp_path: Pa
     assert names == [*bundle.manifest["graphs"]]
     assert max(self_test(bundle, "tensorrt").values()) < FULL
     assert FewShotClassifier.open(bundle_dir, backend="tensorrt").engine.startswith("tensorrt 11")
+
+
+def test_the_doctor_builds_the_plans_and_tests_them(
+    shell: Callable[..., tuple[int, str, str]], bundle_dir: Path, cache_dir: Path
+) -> None:
+    _, out, _ = shell(doctor_command, bundle_dir)
+    assert f"\ntensorrt     no: backend 'tensorrt': no plan for this graph on {GPU}" in out
+    assert "build it with cdt-doctor --build BUNDLE\n" in out
+    code, out, err = shell(doctor_command, "--build", bundle_dir)
+    assert (code, err) == (0, f"built: 5 plans in {cache_dir / 'plans'}\n")
+    assert "\ntensorrt     passes the self-test: off by at most " in out
+    again, _, _ = shell(doctor_command, bundle_dir)
+    assert again == 0
 
 
 def test_auto_takes_it_up_only_when_all_plans_are_there(

@@ -161,10 +161,18 @@ def first_device() -> Device:
     try:
         import pycuda.driver as cuda
     except ImportError as error:
-        raise BackendError(
-            f"backend 'tensorrt': pycuda can't be loaded: {first_line(error)}{CURE}"
-        ) from error
+        raise unloadable("pycuda", error) from error
     return Device(cuda)
+
+
+def unloadable(package: str, error: ImportError) -> BackendError:
+    """Say that a package is missing, or what it misses itself."""
+    if isinstance(error, ModuleNotFoundError) and error.name == package:
+        return BackendError(
+            f"backend 'tensorrt': {package} is not installed: pip install 'cdt-edge[tensorrt]', or "
+            f"use another --backend"
+        )
+    return BackendError(f"backend 'tensorrt': {package} can't be loaded: {first_line(error)}{CURE}")
 
 
 @cache

@@ -5,8 +5,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from cdt_runtime.backends.device import CURE
-from cdt_runtime.backends.session import first_line
+from cdt_runtime.backends.device import unloadable
 from cdt_runtime.errors import BackendError
 
 MAJORS = (10, 11)
@@ -22,9 +21,7 @@ def load_tensorrt() -> Any:
     try:
         import tensorrt
     except ImportError as error:
-        raise BackendError(
-            f"backend 'tensorrt': TensorRT can't be loaded: {first_line(error)}{CURE}"
-        ) from error
+        raise unloadable("tensorrt", error) from error
     if int(tensorrt.__version__.split(".")[0]) not in MAJORS:
         known = " or ".join(map(str, MAJORS))
         raise BackendError(

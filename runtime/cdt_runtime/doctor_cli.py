@@ -1,0 +1,138 @@
+"""The command `cdt-doctor`; heavy imports wait for the work."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from cdt_runtime import __version__
+from cdt_runtime.console import one_line, run
+from cdt_runtime.errors import BackendError, InputError
+
+if TYPE_CHECKING:
+    from cdt_runtime.bundle import Bundle
+
+EXAMPLES = """
+\b
+Examples:
+  cdt-doctor                        what this machine has, which engines run
+  cdt-doctor engines/NAME           and test and time each on a bundle
+  cdt-doctor engines/NAME --json    the same as one JSON object
+  cdt-doctor --build engines/NAME   build TensorRT's plans here first: minutes
+
+\b
+BUNDLE is a folder that cdt-export wrote.  [default: the newest in ./engines]
+Exit code 0: an engine works. Exit code 2: none does, or an input can't be
+used; the line on stderr says what to do.
+Research use only: not a medical device.
+"""
+
+
+def doctor() -> NoReturn:
+    """Entry point of `cdt-doctor`."""
+    run(doctor_command)
+
+
+@click.command(
+    "cdt-doctor", epilog=EXAMPLES, context_settings={"help_option_names": ["-h", "--help"]}
+)
+@click.argument("path", required=False, metavar="[BUNDLE]")
+@click.option("--build", is_flag=True, help="Build the bundle's TensorRT plans for this GPU.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+@click.version_option(__version__, prog_name="cdt-doctor")
+def doctor_command(path: str | None, build: bool, as_json: bool) -> None:
+    """Say what this machine has, which inference engines run here, and why not.
+
+    With a bundle each engine is tested against the stored answers, and timed
+    on one tile.
+    """
+    from cdt_runtime.doctor import report
+
+    bundle = _opened(path)
+    if build:
+        _build(bundle)
+    found = report(bundle)
+    click.echo(json.dumps(found, indent=1, ensure_ascii=False) if as_json else as_text(found))
+    if not any(engine["works"] for engine in found["engines"]):
+        raise BackendError("no engine works here: each says above why, and what to do")
+
+
+def _opened(path: str | None) -> Bundle | None:
+    from cdt_runtime.bundle import MANIFEST, Bundle, newest_bundle
+
+    if path is not None:
+        if not path.strip():
+            raise InputError("BUNDLE is empty: is a variable of your script unset?")
+        return Bundle.open(path)
+    folder = Path("engines")
+    if not any(folder.glob(f"[!.]*/{MANIFEST}")):
+        return None
+    newest = newest_bundle(folder)
+    click.echo(f"bundle: {newest} (the newest; BUNDLE chooses another)", err=True)
+    return Bundle.open(newest)
+
+
+def _build(bundle: Bundle | None) -> None:
+    """Build all plans, with one line that tells how far it is."""
+    from cdt_runtime.backends.trt_build import build_plans
+    from cdt_runtime.progress import Progress
+
+    if bundle is None:
+        raise InputError("--build: no bundle in ./engines to build plans for: give a BUNDLE")
+    total = len(bundle.manifest["graphs"])
+    progress, folder = Progress("TensorRT plans", total), Path()
+    progress.add(0)
+    try:
+        for _, path in build_plans(bundle):
+            folder = path.parent
+            progress.add(1)
+    finally:
+        progress.close()
+    click.echo(f"built: {total} plans in {folder}", err=True)
+
+
+def as_text(found: dict[str, Any]) -> str:
+    """Lay a report out as lines."""
+    facts, bundle = found["machine"], found["bundle"]
+    gpus = ", ".join(facts["gpus"]) or "none that an NVIDIA driver tells of"
+    driver = f", driver {facts['driver']}" if facts["driver"] else ""
+    lines = [
+        f"CDT Edge {found['version']}, Python {facts['python']}, {facts['system']}",
+        f"processor    {facts['processor']}, {facts['cores']} cores, {facts['memory_gib']} GiB",
+        f"features     {' '.join(facts['features']) or 'none of those that speed inference up'}",
+        f"GPU          {gpus}{driver}",
+        f"packages     {_listed(found['packages'])}",
+        f"cache        {found['cache'] or 'none: set CDT_CACHE'}",
+        f"bundle       {_bundle_text(bundle)}",
+        "",
+    ]
+    lines += [f"{engine['name']:<12} {_engine_text(engine)}" for engine in found["engines"]]
+    if found["auto"]:
+        lines.append(f"auto takes   {found['auto']}")
+    return "\n".join(lines)
+
+
+def _bundle_text(bundle: dict[str, str] | None) -> str:
+    if bundle is None:
+        return "none: with one, the engines are tested and timed"
+    return f"{bundle['path']} ({bundle['precision']}, {bundle['identity']})"
+
+
+def _engine_text(engine: dict[str, Any]) -> str:
+    versions = f" ({_listed(engine['packages'])})" if engine["packages"] else ""
+    if not engine["works"]:
+        return f"no{versions}: {one_line(engine['problem'])}"
+    if engine["gap"] is None:
+        return f"runs{versions}"
+    exact = " in fp32" if engine["precision"] == "fp32" else ""
+    return (
+        f"passes the self-test{exact}{versions}: off by at most {engine['gap']:.1e} of a range, "
+        f"one tile {engine['tile_ms']:.2f} ms"
+    )
+
+
+def _listed(packages: dict[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in packages.items())
