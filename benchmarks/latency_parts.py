@@ -260,7 +260,8 @@ def timed_process(line: Sequence[str], cache: Path) -> tuple[float, float, str]:
 
 def _chosen(classifier: FewShotClassifier) -> str:
     """The name of the peer that the classifier runs on."""
-    exact = classifier.precision == "fp32" and classifier.backend != "onnxruntime"
+    either = classifier.backend in ("onnxruntime", "tensorrt")  # the same in both precisions
+    exact = classifier.precision == "fp32" and not either
     return f"{classifier.backend} {'fp32' if exact else 'auto'}"
 
 

@@ -58,11 +58,13 @@ def peers_of(graph: Graph, onnx: bytes, inputs: Arrays, *, full: bool) -> dict[s
     if BACKENDS["cuda"].present():
         openers["PyTorch eager, GPU"] = lambda: _torch(graph, graph.module, "cuda")
         openers["ONNX Runtime, CUDA defaults"] = lambda: _defaults(onnx, "CUDAExecutionProvider")
+        openers["ONNX Runtime, TensorRT"] = lambda: _defaults(onnx, "TensorrtExecutionProvider")
     for name, backend in BACKENDS.items():
         if backend.present():
             openers[f"{name} auto"] = lambda name=name: _ours(name, onnx, "auto")
             openers[f"{name} fp32"] = lambda name=name: _ours(name, onnx, "fp32")
-    openers.pop("onnxruntime fp32")  # on a CPU it computes in the graph's own precision
+    for name in ("onnxruntime", "tensorrt"):  # always in the graph's own precision
+        openers.pop(f"{name} fp32", None)
     found: dict[str, Peer | str] = {}
     for name, opener in openers.items():
         found[name] = _opened(opener, inputs)

@@ -15,7 +15,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
-PACKAGES = ("torch", "numpy", "scikit-learn", "onnxruntime-gpu", "openvino")
+PACKAGES = (
+    *("torch", "numpy", "scikit-learn", "onnxruntime-gpu", "openvino", "tensorrt", "pycuda"),
+)
 
 
 def machine() -> dict[str, Any]:

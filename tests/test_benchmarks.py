@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
+Shell = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
@@ -96,3 +98,66 @@ def test_an_engine_with_another_answer_is_not_timed(
     assert found["ONNX Runtime, defaults"].startswith("another answer: off by 0.5")
     assert found["onnxruntime auto"].gap < 1e-3
     assert peers.flops(graph, inputs) > 1e6
+
+
+@pytest.fixture
+def gpu(bench: ModuleType) -> ModuleType:
+    return importlib.import_module("gpu")
+
+
+def test_without_a_gpu_its_benchmark_says_so_in_one_line(
+    gpu: ModuleType, shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cdt_runtime.backends.ort.DRIVERS", ())
+    message = "no NVIDIA GPU here (no driver): run this where nvidia-smi lists one"
+    assert shell(gpu.main) == (2, "", f"error: {message}\n")
+
+
+@pytest.fixture
+def on_a_gpu(
+    gpu: ModuleType,
+    bundle_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    cache_dir: Path,
+) -> ModuleType:
+    """The script where the GPU is played by the CPU and the latency table by nothing."""
+    parts, report = (importlib.import_module(f"latency_{name}") for name in ("parts", "report"))
+    subject = parts.Subject(tmp_path, bundle_dir, tmp_path, (), quick=False)
+    monkeypatch.setattr("cdt_runtime.backends.ort.DRIVERS", (str(tmp_path),))
+    monkeypatch.setattr(importlib.import_module("latency"), "prepare", lambda *_: subject)
+    monkeypatch.setattr(parts, "engines", lambda _: {"table": 1})
+    monkeypatch.setattr(report, "engines_text", lambda _: "the table")
+    monkeypatch.setattr(sys.modules["records"], "RESULTS", tmp_path / "results")
+    monkeypatch.setitem(gpu.PATHS, "cuda", lambda graph: gpu.open_session("onnxruntime", graph))
+    return gpu
+
+
+def test_each_cuda_path_is_tested_compared_and_written_down(
+    on_a_gpu: ModuleType, shell: Shell, tmp_path: Path
+) -> None:
+    code, out, err = shell(on_a_gpu.main, "--work", tmp_path / "work")
+    assert code == 0
+    assert "\ncuda: self-test " in out
+    assert "\ntensorrt: backend 'tensorrt': " in out
+    assert "\nthe table\n" in out
+    assert err == f"written: {tmp_path / 'results' / 'gpu.json'}\n"
+    figures = sys.modules["records"].read_results()["gpu"]["figures"]
+    assert set(figures) == {"device", "plans", "paths", "latency", "host"}
+    cuda = figures["paths"]["cuda"]
+    assert set(cuda["parity"]) >= {"tile_classifier 1", "tile_classifier 40", "ct_encoder 1"}
+    assert max(cuda["self_test"].values()) < 1e-3
+    assert "not_run" in figures["paths"]["TensorRT through ONNX Runtime"]
+    assert "tensorrt" in figures["plans"]["not_run"]
+    assert "tensorrt" in figures["host"]["not_run"]
+
+
+def test_a_cuda_path_with_another_answer_is_an_error(
+    on_a_gpu: ModuleType, shell: Shell, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(on_a_gpu, "relative_gap", lambda *_: 0.5)
+    code, out, _ = shell(on_a_gpu.main, "--work", tmp_path / "work", "--quick")
+    assert code == 1
+    assert "\ncuda: onnxruntime " in out
+    assert " at batch 1 is off by 0.5 of its range, allowed 0.001\n" in out
+    assert not (tmp_path / "results").exists()

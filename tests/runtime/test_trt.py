@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from collections.abc import Callable
@@ -440,6 +441,20 @@ def test_the_doctor_builds_the_plans_and_tests_them(
     assert "\ntensorrt     passes the self-test: off by at most " in out
     again, _, _ = shell(doctor_command, bundle_dir)
     assert again == 0
+
+
+def test_the_gpu_benchmark_builds_compares_and_times_plans(
+    bundle_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    gpu, bundle = importlib.import_module("gpu"), Bundle.open(bundle_dir)
+    assert set(gpu.plans(bundle)["bytes"]) == set(bundle.manifest["graphs"])
+    found = gpu.examined("tensorrt", bundle)
+    assert max(found["self_test"].values()) < FULL
+    assert found["engine"] == "tensorrt 11.4.0.106 NVIDIA Fake (compute 9.0)"
+    assert max(found["parity"].values()) < FULL
+    times = gpu.host_latency(bundle, 5)
+    assert (times["run"]["n"], times["replay"]["n"]) == (5, 5)
 
 
 def test_auto_takes_it_up_only_when_all_plans_are_there(

@@ -136,10 +136,14 @@ class _Fixed:
                 buffer.host[...] = inputs[name]
                 buffer.send(self._stream)
                 self._sent.add(name)
-        self._recording.launch()
-        self._stream.synchronize()
+        self.replay()
         rows = slice(count) if self._batched else slice(None)
         return {name: buffer.host[rows].copy() for name, buffer in self._outputs.items()}
+
+    def replay(self) -> None:
+        """Do the recorded work once more, on what the arrays hold, and wait for it."""
+        self._recording.launch()
+        self._stream.synchronize()
 
 
 def tensorrt(graph: bytes, precision: Precision) -> TensorRtSession:
