@@ -59,6 +59,7 @@ def to_onnx(graph: Graph, *, fp16: bool) -> bytes:
     assert program is not None  # the exporter raises on failure
     model = program.model_proto
     _strip_notes(model)
+    _cast_first(model)
     data: bytes = model.SerializeToString()
     return data
 
@@ -105,6 +106,24 @@ def _strip_notes(model: Any) -> None:
         del node.metadata_props[:]
     for value in [*model.graph.input, *model.graph.output, *model.graph.value_info]:
         del value.metadata_props[:]
+
+
+def _cast_first(model: Any) -> None:
+    """Let nothing but casts take an 8-bit input: TensorRT tells the shape of no other uint8."""
+    from onnx import TensorProto
+
+    graph = model.graph
+    kinds = {one.name: one.type.tensor_type.elem_type for one in graph.input}
+    eight_bit = {name for name, kind in kinds.items() if kind == TensorProto.UINT8}
+    casts = {
+        node.input[0]: node.output[0]
+        for node in graph.node
+        if node.op_type == "Cast" and node.input[0] in eight_bit
+    }
+    graph.node.sort(key=lambda node: not (node.op_type == "Cast" and node.input[0] in casts))
+    for node in graph.node:
+        if node.op_type == "Shape" and node.input[0] in casts:
+            node.input[0] = casts[node.input[0]]
 
 
 @contextmanager

@@ -58,6 +58,19 @@ def test_a_bundle_holds_every_part_in_single_files(bundle_dir: Path) -> None:
         assert b".py" not in model.SerializeToString()  # no path of the exporting machine
 
 
+def test_8_bit_inputs_go_through_a_cast_and_nothing_else(bundle_dir: Path) -> None:
+    seen = 0
+    for path in sorted(bundle_dir.glob("*.onnx")):
+        model = onnx.load(path)
+        onnx.checker.check_model(model, full_check=True)  # in an order that can be run
+        for one in model.graph.input:
+            if one.type.tensor_type.elem_type == onnx.TensorProto.UINT8:
+                takers = {node.op_type for node in model.graph.node if one.name in node.input}
+                assert takers == {"Cast"}, path.name
+                seen += 1
+    assert seen == 2  # of the tile encoder and of the whole
+
+
 def test_the_manifest_says_what_the_graphs_take_in(bundle_dir: Path) -> None:
     graphs = Bundle.open(bundle_dir).manifest["graphs"]
     assert set(graphs) == set(GRAPHS)
