@@ -3,13 +3,15 @@
 Makes a model and its bundle in float16, builds TensorRT's plans, and sends every CUDA path through
 the bundle's self-test, through generated inputs beside ONNX Runtime on the CPU, and through the
 latency table. Prints what it finds and writes `benchmarks/results/gpu.json`. What is not installed
-is named with the reason. Exit code 1: a path gives another answer. Exit code 2: there is no GPU.
+is named with the reason. Exit code 1: a path gives another answer, or something failed; the rest is
+measured and written all the same. Exit code 2: there is no GPU.
 """
 
 from __future__ import annotations
 
 import os
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from cdt_runtime.backends import Session, open_session, ort
 from cdt_runtime.backends.ort_cuda import CudaSession
 from cdt_runtime.backends.trt_build import build_plans
 from cdt_runtime.bundle import Bundle
-from cdt_runtime.console import run
+from cdt_runtime.console import one_line, run
 from cdt_runtime.doctor import machine
 from cdt_runtime.errors import BackendError, ParityError
 from cdt_runtime.golden import ALLOWED, GOLDEN, HALF, compare_golden, relative_gap
@@ -55,8 +57,6 @@ def main(quick: bool, work: Path) -> int:
     if not ort.gpu_present():
         raise BackendError("no NVIDIA GPU here (no driver): run this where nvidia-smi lists one")
     import latency
-    import latency_parts
-    import latency_report
 
     started, work = time.monotonic(), work.resolve()
     work.mkdir(parents=True, exist_ok=True)
@@ -65,56 +65,76 @@ def main(quick: bool, work: Path) -> int:
     bundle = Bundle.open(subject.bundle)
     facts = machine()
     click.echo(f"{', '.join(facts['gpus']) or 'a GPU'}, driver {facts['driver']}")
-    found: dict[str, Any] = {"device": facts, "plans": plans(bundle)}
-    found["paths"] = {name: examined(name, bundle) for name in PATHS}
-    found["latency"] = latency_parts.engines(subject)
-    click.echo(latency_report.engines_text(found["latency"]))
-    found["host"] = host_latency(bundle, subject.rounds(700, 70))
+    parts: dict[str, Callable[[], dict[str, Any]]] = {
+        "plans": lambda: plans(bundle),
+        **{name: lambda name=name: examined(name, bundle) for name in PATHS},
+        "host": lambda: host_latency(bundle, subject.rounds(700, 70)),
+        "latency": lambda: table(subject),
+    }
+    found = {name: attempted(name, part) for name, part in parts.items()}
     if not quick:
-        path = write_result("gpu", ["python benchmarks/gpu.py"], time.monotonic() - started, found)
+        figures = {"device": facts, **found}
+        path = write_result(
+            "gpu", ["python benchmarks/gpu.py"], time.monotonic() - started, figures
+        )
         click.echo(f"written: {path}", err=True)
-    return 1 if any("wrong" in one for one in found["paths"].values()) else 0
+    return 1 if any("wrong" in one for one in found.values()) else 0
+
+
+def attempted(name: str, part: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Run one part: a GPU is lent for minutes, and what fails there must not cost the rest."""
+    try:
+        return part()
+    except BackendError as error:
+        found = {"not_run": str(error)}
+    except ParityError as error:
+        found = {"wrong": str(error)}
+    except Exception as error:
+        traceback.print_exc()
+        found = {"wrong": f"{type(error).__name__}: {error}"}
+    click.echo(f"{name}: {one_line(*found.values())}")
+    return found
+
+
+def table(subject: Any) -> dict[str, Any]:
+    """Every engine that is here on the same inputs, as `latency.py` measures them."""
+    import latency_parts
+    import latency_report
+
+    found = latency_parts.engines(subject)
+    click.echo(latency_report.engines_text(found))
+    return found
 
 
 def plans(bundle: Bundle) -> dict[str, Any]:
-    """Build TensorRT's plans; their sizes, and the seconds of all, or why there are none."""
+    """Build TensorRT's plans; the bytes of each, and the seconds of all."""
     started = time.monotonic()
-    try:
-        sizes = {name: path.stat().st_size for name, path in build_plans(bundle)}
-    except BackendError as error:
-        click.echo(f"no TensorRT plans: {error}")
-        return {"not_run": str(error)}
+    sizes = {name: path.stat().st_size for name, path in build_plans(bundle)}
     seconds = time.monotonic() - started
     click.echo(f"{len(sizes)} TensorRT plans in {seconds:.0f} s")
     return {"bytes": sizes, "seconds": seconds}
 
 
 def examined(name: str, bundle: Bundle) -> dict[str, Any]:
-    """Send one path through self-test and parity: the gaps, or why it did not run or is wrong."""
-    found: dict[str, Any] = {}
-    try:
-        sessions = {
-            graph: PATHS[name](bundle.read(f"{graph}.onnx")) for graph in bundle.manifest["graphs"]
-        }
-        allowed = ALLOWED[bundle.manifest["precision"]]
-        if any(one.half for one in sessions.values()):
-            allowed = max(allowed, HALF)
-        found["engine"] = next(iter(sessions.values())).engine
-        found["self_test"] = compare_golden(
-            bundle.read(GOLDEN),
-            lambda graph, inputs: sessions[graph].run(inputs),
-            tolerance=allowed,
-            what=f"{bundle.path.name} on {name}",
-        )
-        found["parity"] = parity(bundle, sessions, allowed)
-        text = f"self-test {max(found['self_test'].values()):.1e}, "
-        text += f"beside the CPU {max(found['parity'].values()):.1e}, allowed {allowed:g}"
-    except ParityError as error:
-        found["wrong"] = text = str(error)
-    except BackendError as error:
-        found["not_run"] = text = str(error)
-    click.echo(f"{name}: {text}")
-    return found
+    """Send one path through self-test and parity; the gap of each output."""
+    graphs = bundle.manifest["graphs"]
+    sessions = {graph: PATHS[name](bundle.read(f"{graph}.onnx")) for graph in graphs}
+    allowed = ALLOWED[bundle.manifest["precision"]]
+    if any(one.half for one in sessions.values()):
+        allowed = max(allowed, HALF)
+    tested = compare_golden(
+        bundle.read(GOLDEN),
+        lambda graph, inputs: sessions[graph].run(inputs),
+        tolerance=allowed,
+        what=f"{bundle.path.name} on {name}",
+    )
+    compared = parity(bundle, sessions, allowed)
+    click.echo(
+        f"{name}: self-test {max(tested.values()):.1e}, beside the CPU "
+        f"{max(compared.values()):.1e}, allowed {allowed:g}"
+    )
+    engine = sessions["tile_classifier"].engine
+    return {"engine": engine, "self_test": tested, "parity": compared}
 
 
 def parity(bundle: Bundle, sessions: Mapping[str, Session], allowed: float) -> dict[str, float]:
@@ -160,10 +180,7 @@ def host_latency(bundle: Bundle, rounds: int) -> dict[str, Any]:
     from cdt_runtime.backends.trt import TensorRtSession
     from cdt_runtime.golden import one_tile
 
-    try:
-        session = TensorRtSession(bundle.read("tile_classifier.onnx"))
-    except BackendError as error:
-        return {"not_run": str(error)}
+    session = TensorRtSession(bundle.read("tile_classifier.onnx"))
     inputs = one_tile(bundle)
     session.run(inputs)
     (fixed,) = session._fixed.values()

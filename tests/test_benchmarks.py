@@ -143,11 +143,11 @@ def test_each_cuda_path_is_tested_compared_and_written_down(
     assert "\nthe table\n" in out
     assert err == f"written: {tmp_path / 'results' / 'gpu.json'}\n"
     figures = sys.modules["records"].read_results()["gpu"]["figures"]
-    assert set(figures) == {"device", "plans", "paths", "latency", "host"}
-    cuda = figures["paths"]["cuda"]
+    assert set(figures) == {"device", "plans", *on_a_gpu.PATHS, "latency", "host"}
+    cuda = figures["cuda"]
     assert set(cuda["parity"]) >= {"tile_classifier 1", "tile_classifier 40", "ct_encoder 1"}
     assert max(cuda["self_test"].values()) < 1e-3
-    assert "not_run" in figures["paths"]["TensorRT through ONNX Runtime"]
+    assert "not_run" in figures["TensorRT through ONNX Runtime"]
     assert "tensorrt" in figures["plans"]["not_run"]
     assert "tensorrt" in figures["host"]["not_run"]
 
@@ -158,6 +158,21 @@ def test_a_cuda_path_with_another_answer_is_an_error(
     monkeypatch.setattr(on_a_gpu, "relative_gap", lambda *_: 0.5)
     code, out, _ = shell(on_a_gpu.main, "--work", tmp_path / "work", "--quick")
     assert code == 1
+    assert "\nthe table\n" in out
     assert "\ncuda: onnxruntime " in out
     assert " at batch 1 is off by 0.5 of its range, allowed 0.001\n" in out
     assert not (tmp_path / "results").exists()
+
+
+def test_what_fails_on_the_gpu_does_not_cost_the_rest(
+    on_a_gpu: ModuleType, shell: Shell, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def broken(bundle: object) -> None:
+        raise OSError("its library is odd\nat line 1")
+
+    monkeypatch.setattr(on_a_gpu, "plans", broken)
+    code, out, err = shell(on_a_gpu.main, "--work", tmp_path / "work", "--quick")
+    assert code == 1
+    assert "\nplans: OSError: its library is odd at line 1\n" in out
+    assert "Traceback" in err
+    assert "\ncuda: self-test " in out
