@@ -1,199 +1,21 @@
-"""Stands for TensorRT and pycuda where they can't run: the same names, signatures and order.
+"""Stands for TensorRT where it can't run: the same names, signatures and order.
 
 What this module accepts the real bindings accept: `test_trt_api.py` holds each signature against
-them. Work is done by ONNX Runtime, late: a copy or a run takes place when its stream is waited for,
-and while a stream records nothing takes place at all. `GPU.log` tells what was asked for.
+them. ONNX Runtime computes the answers, on the memory of the stand-in for the GPU.
 """
 
 from __future__ import annotations
 
-import ctypes
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from enum import Enum, IntEnum
-from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
 import numpy as np
+from fake_cuda import GPU, named
 
 KINDS = {"tensor(float)": "float32", "tensor(uint8)": "uint8", "tensor(float16)": "float16"}
-
-
-class Gpu:
-    """A GPU that notes what is asked of it."""
-
-    def __init__(self) -> None:
-        self.log: list[str] = []
-        self.memory: dict[int, np.ndarray[Any, Any]] = {}
-        self.depth = 0
-        self.streams: dict[int, Stream] = {}
-        self.graphs: dict[int, list[Callable[[], None]]] = {}
-        self.says: list[str] = []
-
-    def need(self) -> None:
-        assert self.depth > 0, "no context is current"
-
-
-GPU = Gpu()
-
-
-# pycuda.driver
-
-
-class Error(Exception):
-    pass
-
-
-class Stream:
-    def __init__(self, flags: int = 0) -> None:
-        GPU.need()
-        assert flags == 1, "a stream that waits for the legacy one can't be recorded"
-        self.handle = 0x7F00_0000_0000 + len(GPU.streams)  # does not fit 32 bits
-        self.queue: list[Callable[[], None]] = []
-        self.recording: list[Callable[[], None]] | None = None
-        GPU.streams[self.handle] = self
-
-    def put(self, what: str, work: Callable[[], None]) -> None:
-        GPU.need()
-        if self.recording is not None:
-            GPU.log.append(f"record {what}")
-            self.recording.append(work)
-        else:
-            GPU.log.append(what)
-            self.queue.append(work)
-
-    def synchronize(self) -> None:
-        GPU.need()
-        assert self.recording is None, "waiting breaks a recording"
-        GPU.log.append("wait")
-        for work in self.queue:
-            work()
-        self.queue.clear()
-
-
-class Context:
-    def push(self) -> None:
-        GPU.depth += 1
-
-    @staticmethod
-    def pop() -> None:
-        GPU.depth -= 1
-
-
-class Device:
-    count_here = 1
-
-    def __init__(self, number: int) -> None:
-        assert number == 0
-
-    @staticmethod
-    def count() -> int:
-        return Device.count_here
-
-    def name(self) -> str:
-        return "NVIDIA Fake"
-
-    def compute_capability(self) -> tuple[int, int]:
-        return 9, 0
-
-    def retain_primary_context(self) -> Context:
-        return Context()
-
-
-class DeviceAllocation:
-    def __init__(self, size: int) -> None:
-        GPU.need()
-        self._address = 0x7E00_0000_0000 + 4096 * len(GPU.memory)
-        GPU.memory[self._address] = np.zeros(size, np.uint8)
-
-    def __int__(self) -> int:
-        return self._address
-
-
-def init(flags: int = 0) -> None:
-    GPU.log.append("init")
-
-
-def get_driver_version() -> int:
-    return 13000
-
-
-def mem_alloc(bytes: int) -> DeviceAllocation:
-    return DeviceAllocation(bytes)
-
-
-def pagelocked_empty(
-    shape: tuple[int, ...], dtype: Any, order: str = "C", mem_flags: int = 0
-) -> np.ndarray[Any, Any]:
-    GPU.need()
-    values = np.empty(shape, dtype)
-    values.view(np.uint8)[...] = 0xA5  # whatever was there
-    return values
-
-
-def memcpy_htod_async(dest: DeviceAllocation, src: Any, stream: Any = None) -> None:
-    def copy() -> None:
-        GPU.memory[int(dest)][...] = src.reshape(-1).view(np.uint8)
-
-    stream.put(f"send {src.dtype} {list(src.shape)}", copy)
-
-
-def memcpy_dtoh_async(dest: Any, src: DeviceAllocation, stream: Any = None) -> None:
-    def copy() -> None:
-        dest.reshape(-1).view(np.uint8)[...] = GPU.memory[int(src)]
-
-    stream.put(f"fetch {dest.dtype} {list(dest.shape)}", copy)
-
-
-# The driver's library
-
-
-class Driver:
-    """Its calls, with the handles and pointers that ctypes passes."""
-
-    def __init__(self) -> None:
-        self.code = 0
-
-    def cuStreamBeginCapture_v2(self, stream: Any, mode: int) -> int:
-        assert mode == 1
-        GPU.log.append("begin")
-        GPU.streams[stream.value].recording = []
-        return self.code
-
-    def cuStreamEndCapture(self, stream: Any, graph: Any) -> int:
-        GPU.log.append("end")
-        recording = GPU.streams[stream.value].recording
-        assert recording is not None
-        GPU.streams[stream.value].recording = None
-        return self._put(graph, recording)
-
-    def cuGraphInstantiateWithFlags(self, replay: Any, graph: Any, flags: int) -> int:
-        assert flags == 0
-        return self._put(replay, GPU.graphs[graph.value])
-
-    def cuGraphLaunch(self, replay: Any, stream: Any) -> int:
-        GPU.log.append("replay")
-        GPU.streams[stream.value].queue.extend(GPU.graphs[replay.value])
-        return self.code
-
-    def cuGraphDestroy(self, graph: Any) -> int:
-        del GPU.graphs[graph.value]
-        return 0
-
-    def cuGraphExecDestroy(self, replay: Any) -> int:
-        GPU.log.append("forget")
-        GPU.graphs.pop(replay.value, None)
-        return 0
-
-    def _put(self, place: Any, work: list[Callable[[], None]]) -> int:
-        handle = 0x7D00_0000_0000 + len(GPU.log) * 16 + len(GPU.graphs)
-        GPU.graphs[handle] = [*work]
-        ctypes.cast(place, ctypes.POINTER(ctypes.c_void_p))[0] = handle
-        return self.code
-
-
-# tensorrt
 
 __version__ = "11.4.0.106"
 
@@ -483,19 +305,7 @@ GIVEN = (
 )
 """What only the others give."""
 
-PYCUDA = (
-    *(Error, Stream, Device, init, get_driver_version, mem_alloc),
-    *(pagelocked_empty, memcpy_htod_async, memcpy_dtoh_async),
-)
-
 
 def modules() -> dict[str, ModuleType]:
-    """What stands in `sys.modules`: only what is listed here, so that a wrong name fails."""
-    tensorrt, pycuda = ModuleType("tensorrt"), ModuleType("pycuda")
-    driver = ModuleType("pycuda.driver")
-    vars(tensorrt).update({one.__name__: one for one in NAMED}, __version__=__version__)
-    vars(driver).update({one.__name__: one for one in PYCUDA})
-    found = {one.__name__: one for one in (tensorrt, pycuda, driver)}
-    for name, one in found.items():
-        one.__spec__ = ModuleSpec(name, None)
-    return found
+    """What stands in `sys.modules`."""
+    return {"tensorrt": named("tensorrt", NAMED, __version__=__version__)}
