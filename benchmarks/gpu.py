@@ -82,7 +82,7 @@ def main(quick: bool, work: Path) -> int:
 
 
 def attempted(name: str, part: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Run one part: a GPU is lent for minutes, and what fails there must not cost the rest."""
+    """Run one part: time on a GPU is dear, and what fails there must not cost the rest."""
     try:
         return part()
     except BackendError as error:
