@@ -144,13 +144,20 @@ def block_means(pixels: NDArray[Any], factor: int) -> Float:
         `(ceil(h / factor), ceil(w / factor), C)` float32.
     """
     kind = np.float64 if pixels.dtype.kind == "f" else np.int64 if pixels.itemsize > 2 else np.int32
-    result, count = pixels, np.ones(1, np.float32)
-    for axis in (0, 1):
-        starts = np.arange(0, pixels.shape[axis], factor)
-        result = np.add.reduceat(result, starts, axis=axis, dtype=kind)
-        sizes = np.diff(starts, append=pixels.shape[axis]).astype(np.float32)
-        count = count * np.expand_dims(sizes, (1, 2) if axis == 0 else (0, 2))
-    return np.asarray(result / count, dtype=np.float32)
+    sums = _strided_sum(_strided_sum(pixels, factor, kind).swapaxes(0, 1), factor, kind)
+    down, across = (
+        np.minimum(factor, size - np.arange(0, size, factor)) for size in pixels.shape[:2]
+    )
+    return np.asarray(sums.swapaxes(0, 1) / np.outer(down, across)[:, :, None], np.float32)
+
+
+def _strided_sum(pixels: NDArray[Any], factor: int, kind: type) -> NDArray[Any]:
+    """Add each `factor` rows up: whole strided slices at a time, which is what numpy does fast."""
+    total = np.zeros((-(-len(pixels) // factor), *pixels.shape[1:]), kind)
+    for start in range(factor):
+        part = pixels[start::factor]
+        total[: len(part)] += part
+    return total
 
 
 def _mark(damaged: Mask, segment: Box, factor: int) -> None:
