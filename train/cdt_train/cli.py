@@ -25,6 +25,7 @@ Other commands; each has --help:
   cdt-train evaluate MODEL                 a checkpoint or a bundle, once more
   cdt-train finetune DATA --layout NAME    a backbone on labelled images
   cdt-train compare DATA --layout NAME     pretrained starts, with controls
+  cdt-train encoders                       foundation encoders, and which are ready here
 
 \b
 DATA holds
@@ -43,6 +44,7 @@ COMMANDS = {
     "evaluate": "cdt_train.cli_evaluate:evaluate_command",
     "finetune": "cdt_train.cli_finetune:finetune_command",
     "compare": "cdt_train.cli_finetune:compare_command",
+    "encoders": "cdt_train.cli_encoders:encoders_command",
 }
 """What the first argument may name in place of an option or a KEY=VALUE."""
 

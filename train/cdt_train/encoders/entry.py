@@ -1,0 +1,37 @@
+"""How a foundation encoder is described: one file makes one `Entry`, `registry.ENCODERS` lists it.
+
+Nothing heavy is imported here, nor by the files that make entries before one of their functions is
+called: the list of encoders must come up in an instant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cdt_runtime.encoder_card import EncoderCard
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class Entry:
+    """How an encoder is made.
+
+    Attributes:
+        card: of the encoder at its full size.
+        tiny: of a small one of the same architecture, for tests and trials without weights.
+        random: makes the full or the tiny net, its weights drawn from torch's random state.
+        load: makes the full net with weights from a folder or file; a tensor that is missing there
+            is a `CheckpointError`.
+        file: what must be in a folder for it to hold the weights, a glob.
+    """
+
+    card: EncoderCard
+    tiny: EncoderCard
+    random: Callable[[EncoderCard], nn.Module]
+    load: Callable[[Path, EncoderCard], nn.Module]
+    file: str = "*.safetensors"

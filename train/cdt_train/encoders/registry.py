@@ -1,0 +1,69 @@
+"""Every foundation encoder by its key: one file and one line add one.
+
+    KEY            an encoder of `ENCODERS`
+    timm:NAME      any model of timm that gives features
+    slices:KEY     a tile encoder that looks at the slices of a CT
+
+Nothing falls back: weights are there whole, or it is an error. Random weights are made only where
+they are asked for by name, and are marked in all that is made with them.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cdt_runtime.errors import RecipeError
+from cdt_train.encoders.entry import Entry
+from cdt_train.encoders.look_up import require_weights, weights_identity
+
+if TYPE_CHECKING:
+    from cdt_train.encoders.foundation import FoundationEncoder
+
+_ENTRIES: tuple[Entry, ...] = ()
+ENCODERS: dict[str, Entry] = {entry.card.key: entry for entry in _ENTRIES}
+
+TINY_RANDOM = "tiny-random"
+"""In place of a path of weights: a tiny encoder of the same architecture that knows nothing."""
+
+
+def entry_of(key: str) -> Entry:
+    """Find an encoder.
+
+    Raises:
+        RecipeError: there is none of that name.
+    """
+    if key in ENCODERS:
+        return ENCODERS[key]
+    near = difflib.get_close_matches(key, ENCODERS, n=1, cutoff=0.5)
+    hint = f", did you mean {near[0]}?" if near else f": the encoders are {', '.join(ENCODERS)}"
+    raise RecipeError(f"encoder {key!r}: unknown{hint}")
+
+
+def load_encoder(
+    key: str, weights: str | Path | None = None, *, allow_network: bool = False, seed: int = 0
+) -> FoundationEncoder:
+    """Load an encoder with its weights, or make a tiny random one where that is asked for.
+
+    Args:
+        key: of the encoder.
+        weights: a folder or file; `TINY_RANDOM`; or None to look for them.
+        allow_network: fetch what is not on this machine.
+        seed: of random weights.
+
+    Raises:
+        RecipeError: no such encoder.
+        MissingDependencyError: a library that it needs is not installed.
+        CheckpointError: its weights are missing, or lack a tensor.
+    """
+    from cdt_train.encoders.foundation import FoundationEncoder, frozen, made_random
+
+    entry = entry_of(key)
+    if weights == TINY_RANDOM:
+        return made_random(entry, tiny=True, seed=seed)
+    path = require_weights(entry, Path(weights) if weights else None, allow_network=allow_network)
+    module = frozen(entry.load(path, entry.card))
+    card = replace(entry.card, origin="weights", weights_sha256=weights_identity(path))
+    return FoundationEncoder(card, module)
