@@ -30,7 +30,6 @@ from cdt_runtime.golden import (
     golden_inputs,
     golden_outputs,
 )
-from cdt_runtime.preprocess import Preprocess
 from cdt_runtime.prototypes import Prototypes
 from cdt_train.data.arrays import TileArrays
 from cdt_train.progress import bar
@@ -97,7 +96,7 @@ def plain_parts(trained: Trained, graphs: list[Graph], held_out: HeldOut, precis
     models = export_all(graphs, fp16=precision == "fp16")
     precisions = {graph.name: graph.precision_in(precision) for graph in graphs}
     record = prove(trained, graphs, open_all(models), held_out, precisions)
-    golden = golden_file(trained.preprocess, _run_torch(graphs))
+    golden = golden_file(trained, _run_torch(graphs))
     return Parts(models, precisions, golden, {"parity": record})
 
 
@@ -115,7 +114,7 @@ def int8_parts(data: TrainingData, graphs: list[Graph], held_out: HeldOut) -> Pa
     calibration = read_calibration(data, held_out.ct)
     mixed = int8_choice.choose(graphs, export_all(graphs, fp16=False), calibration, passes)
     literal = {name: Literal(model) for name, model in mixed.models.items()}
-    golden = golden_file(data.trained.preprocess, _run(literal))
+    golden = golden_file(data.trained, _run(literal))
     facts = {"parity": mixed.parity, "int8": int8_choice.as_record(mixed, calibration)}
     return Parts(mixed.models, mixed.precisions, golden, facts)
 
@@ -175,14 +174,14 @@ def support_prototypes(
     encoder_sha256: str,
 ) -> Prototypes:
     """Encode the support tiles, and their patients' CT, with the exported encoders."""
-    own = parity.exported_ct_tokens(sessions["ct_encoder"], held_out.support_ct)
+    own = parity.exported_support_ct(sessions["ct_encoder"], held_out)
     facts = dict(trained.calibration)
     found = facts.pop("ct_gain")
     gain = {name: found[name] for name in ("mean", "ci95", "low")}
     return Prototypes(
         classes=support.classes,
         labels=support.labels,
-        tokens=sessions["path_encoder"].run({"tile": support.tiles.numpy()})["tile_tokens"],
+        tokens=parity.exported_support_tokens(sessions, held_out),
         support_sha256=support.sha256,
         encoder_sha256=encoder_sha256,
         scale=trained.scale,
@@ -197,9 +196,10 @@ def support_prototypes(
     )
 
 
-def golden_file(preprocess: Preprocess, run: Run) -> bytes:
+def golden_file(trained: Trained, run: Run) -> bytes:
     """Record what `run` answers to the golden inputs, as an `.npz` file."""
-    inputs = golden_inputs(preprocess)
+    model = trained.model
+    inputs = golden_inputs(trained.preprocess, model.tile_features.size, model.ct_features.size)
     buffer = io.BytesIO()
     np.savez(buffer, allow_pickle=False, **inputs, **golden_outputs(inputs, run))
     return buffer.getvalue()

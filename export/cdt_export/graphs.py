@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from cdt_export.inference import for_inference
 from cdt_runtime.preprocess import Preprocess
 from cdt_train.models.bridge import Bridge
+from cdt_train.models.features import FeatureTokens
 from cdt_train.models.prototypical import PrototypicalHead
 from cdt_train.models.transfer_model import TransferModel
 
@@ -29,8 +30,26 @@ class BridgeGraph(nn.Module):
         self, tile_tokens: Tensor, ct_tokens: Tensor, ct_present: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Embed tiles in the context of one CT; see `Bridge.forward`."""
-        residual = self.bridge.residual(tile_tokens, ct_tokens)
+        residual = self.bridge.residual(tile_tokens, ct_tokens, ct_present)
         return self.bridge.combine(tile_tokens, residual, ct_present), residual
+
+
+class WithFeatures(nn.Module):
+    """An encoder with the tokens of foundation encoders behind its own.
+
+    Args:
+        encoder: images to tokens.
+        features: brings what foundation encoders say to tokens.
+    """
+
+    def __init__(self, encoder: nn.Module, features: FeatureTokens) -> None:
+        super().__init__()
+        self.encoder, self.features = encoder, features
+
+    def forward(self, images: Tensor, features: Tensor) -> Tensor:
+        """Encode images; features are `(B, F)`, as `FeatureTokens.flat` lays them out."""
+        tokens = self.encoder(images)
+        return torch.cat([tokens, self.features(features).to(tokens.dtype)], dim=1)
 
 
 class Decider(nn.Module):
@@ -70,9 +89,10 @@ class TileClassifier(nn.Module):
         ct_present: Tensor,
         prototypes: Tensor,
         scale: Tensor,
+        features: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Classify tiles; inputs and outputs are those of the parts."""
-        tokens = self.path_encoder(tile)
+        tokens = self.path_encoder(tile) if features is None else self.path_encoder(tile, features)
         found: tuple[Tensor, Tensor, Tensor, Tensor] = self.decider(
             tokens, ct_tokens, ct_present, prototypes, scale
         )
@@ -150,11 +170,18 @@ def build_graphs(model: TransferModel, preprocess: Preprocess, *, n_classes: int
     if preprocess.tile_dtype == "float32":
         tile = tile.float() / 255.0
     ct = torch.rand(preprocess.ct_shape, generator=generator) * 2 - 1
-    with torch.no_grad():
-        ct_tokens, ct_present = model.context(ct)
-        tile_tokens = model.path_encoder(tile)
-        embedding = model.bridge(tile_tokens, ct_tokens, ct_present)
+    of_tile, of_ct = model.tile_features, model.ct_features
+    said = {"features": torch.randn(2, of_tile.size, generator=generator)} if of_tile.count else {}
+    heard = {"ct_features": torch.randn(1, of_ct.size, generator=generator)} if of_ct.count else {}
     encoder, ct_encoder = for_inference(model.path_encoder), for_inference(model.ct_encoder)
+    if of_tile.count:
+        encoder = WithFeatures(encoder, of_tile).eval()
+    if of_ct.count:
+        ct_encoder = WithFeatures(ct_encoder, of_ct).eval()
+    with torch.no_grad():
+        ct_tokens, ct_present = ct_encoder(ct, *heard.values()), model.head.log_scale.new_ones(1)
+        tile_tokens = encoder(tile, *said.values())
+        embedding = model.bridge(tile_tokens, ct_tokens, ct_present)
     prototypes = torch.nn.functional.normalize(
         torch.randn(max(2, n_classes), embedding.shape[1], generator=generator), dim=1
     )
@@ -164,8 +191,14 @@ def build_graphs(model: TransferModel, preprocess: Preprocess, *, n_classes: int
     context = {"ct_tokens": ct_tokens, "ct_present": ct_present}
     head = {"prototypes": prototypes, "scale": scale}
     return [
-        Graph("ct_encoder", ct_encoder, {"ct": ct}, ("ct_tokens",), {}),
-        Graph("path_encoder", encoder, {"tile": tile}, ("tile_tokens",), {"tile": batch}),
+        Graph("ct_encoder", ct_encoder, {"ct": ct, **heard}, ("ct_tokens",), {}),
+        Graph(
+            "path_encoder",
+            encoder,
+            {"tile": tile, **said},
+            ("tile_tokens",),
+            {"tile": batch, **({"features": batch} if said else {})},
+        ),
         Graph(
             "bridge",
             bridge,
@@ -183,9 +216,9 @@ def build_graphs(model: TransferModel, preprocess: Preprocess, *, n_classes: int
         Graph(
             "tile_classifier",
             TileClassifier(encoder, Decider(model.bridge, model.head)),
-            {"tile": tile, **context, **head},
+            {"tile": tile, **context, **head, **said},
             ("logits", "distances", "embedding", "ct_residual"),
-            {"tile": batch, "prototypes": classes},
+            {"tile": batch, "prototypes": classes, **({"features": batch} if said else {})},
         ),
     ]
 

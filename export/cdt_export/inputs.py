@@ -13,11 +13,14 @@ from numpy.typing import NDArray
 
 from cdt_export.int8_choice import Calibration
 from cdt_export.parity import HeldOut
+from cdt_runtime.encoders import Encoders
 from cdt_runtime.errors import DatasetError
 from cdt_train.config import Recipe
 from cdt_train.data import TileDataset, read_dataset
 from cdt_train.data.arrays import CtArrays, TileArrays, load_ct, load_tiles
 from cdt_train.data.dataset import CtSeries, LabelledTile, tile_name
+from cdt_train.encoders.chosen import chosen_encoders
+from cdt_train.models.features import FeatureTokens
 from cdt_train.progress import bar
 from cdt_train.split import SUPPORT
 from cdt_train.trained import Trained
@@ -41,12 +44,14 @@ class TrainingData:
         folder: where the data is now.
         dataset: its tiles and series.
         by_name: tiles by the name that the training knew them under.
+        encoders: foundation encoders that the model listens to.
     """
 
     trained: Trained
     folder: Path
     dataset: TileDataset
     by_name: Mapping[str, LabelledTile]
+    encoders: Encoders
 
     def tiles(self, names: Sequence[str]) -> TileArrays:
         """Read tiles.
@@ -56,7 +61,8 @@ class TrainingData:
         """
         tiles = [self.by_name[name] for name in names]
         classes = tuple(self.trained.info["classes"])
-        arrays = load_tiles(tiles, classes, self.trained.preprocess, self.folder, bar)
+        preprocess = self.trained.preprocess
+        arrays = load_tiles(tiles, classes, preprocess, self.folder, bar, encoders=self.encoders)
         for name, digest in zip(names, arrays.sha256, strict=True):
             if digest != self.trained.info["tile_facts"][name][0]:
                 raise DatasetError(
@@ -68,7 +74,7 @@ class TrainingData:
     def ct(self, series: Iterable[CtSeries]) -> CtArrays:
         """Read series; those that can't be used are left out."""
         chosen = replace(self.dataset, ct=tuple(series))
-        return load_ct(chosen, self.trained.preprocess, self.folder, bar)[0]
+        return load_ct(chosen, self.trained.preprocess, self.folder, bar, self.encoders)[0]
 
     def owners(self, names: Sequence[str]) -> list[str]:
         """The patient of each tile."""
@@ -102,7 +108,8 @@ def open_data(trained: Trained, data_dir: Path | None) -> TrainingData:
             f"{folder}: {len(absent)} tiles of the training run are missing or labelled otherwise, "
             f"first {absent[0]}: give the --data-dir that the model was trained on"
         )
-    return TrainingData(trained, folder, dataset, by_name)
+    encoders = chosen_encoders(trained.recipe.model, trained.info.get("encoders", ()))
+    return TrainingData(trained, folder, dataset, by_name, encoders)
 
 
 def read_tiles(data: TrainingData) -> tuple[TileArrays, HeldOut]:
@@ -123,10 +130,29 @@ def read_tiles(data: TrainingData) -> tuple[TileArrays, HeldOut]:
     )
     volume = ct.volumes[:1] if len(ct) else torch.zeros(trained.preprocess.ct_shape)
     own, of = _own_ct(ct, owners)
-    return known, HeldOut(known.tiles, known.labels, test.tiles, test.labels, volume, own, of)
+    model = trained.model
+    return known, HeldOut(
+        known.tiles,
+        known.labels,
+        test.tiles,
+        test.labels,
+        volume,
+        own.volumes,
+        of,
+        _flat(model.tile_features, known.features, known.tiles),
+        _flat(model.tile_features, test.features, test.tiles),
+        _flat(model.ct_features, ct.take(range(min(len(ct), 1))).features, volume),
+        _flat(model.ct_features, own.features, own.volumes),
+    )
 
 
-def _own_ct(ct: CtArrays, owners: Sequence[str]) -> tuple[torch.Tensor, NDArray[np.int64]]:
+def _flat(
+    project: FeatureTokens, features: Mapping[str, torch.Tensor], like: torch.Tensor
+) -> torch.Tensor | None:
+    return project.flat(features, like) if project.count else None
+
+
+def _own_ct(ct: CtArrays, owners: Sequence[str]) -> tuple[CtArrays, NDArray[np.int64]]:
     """Find each tile's own patient's CT, the first where there are several, as training does.
 
     Args:
@@ -138,8 +164,8 @@ def _own_ct(ct: CtArrays, owners: Sequence[str]) -> tuple[torch.Tensor, NDArray[
     """
     patients = [patient for patient in dict.fromkeys(owners) if patient in ct.patients]
     place = {patient: index for index, patient in enumerate(patients)}
-    volumes = ct.take([ct.patients.index(patient) for patient in patients]).volumes
-    return volumes, np.array([place.get(owner, -1) for owner in owners], dtype=np.int64)
+    own = ct.take([ct.patients.index(patient) for patient in patients])
+    return own, np.array([place.get(owner, -1) for owner in owners], dtype=np.int64)
 
 
 def _spread_support(

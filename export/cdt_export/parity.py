@@ -7,7 +7,7 @@ the other.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from cdt_runtime.backends import Session
 from cdt_runtime.errors import ParityError
 from cdt_runtime.golden import FULL, HALF, relative_gap
 from cdt_runtime.prototypes import fit_prototypes, softmax
+from cdt_train.models.features import FeatureTokens
 from cdt_train.models.transfer_model import TransferModel
 
 Arrays = dict[str, NDArray[Any]]
@@ -108,6 +109,8 @@ class HeldOut:
         ct: `(1, W, D, S, S)`, one volume.
         support_ct: `(P, W, D, S, S)`, of the support tiles' patients, where they have one.
         support_ct_of: `(S,)`, which of them is each support tile's; -1 for none.
+        support_features: `(S, F)`, what foundation encoders say of the support tiles, side by side;
+            None where there are none, as for those of the tiles, the CT and the support's CT.
     """
 
     support: Tensor
@@ -117,6 +120,25 @@ class HeldOut:
     ct: Tensor
     support_ct: Tensor
     support_ct_of: NDArray[np.int64]
+    support_features: Tensor | None = None
+    tile_features: Tensor | None = None
+    ct_features: Tensor | None = None
+    support_ct_features: Tensor | None = None
+
+    def batches(self) -> Iterator[dict[str, Tensor]]:
+        """Give the held-out tiles in batches, as the graphs take them."""
+        for start in range(0, len(self.tiles), BATCH):
+            part = slice(start, start + BATCH)
+            yield named("tile", self.tiles[part], "features", _part(self.tile_features, part))
+
+
+def named(name: str, images: Tensor, told: str, features: Tensor | None) -> dict[str, Tensor]:
+    """Name images and, where there are any, the features that go with them."""
+    return {name: images} if features is None else {name: images, told: features}
+
+
+def _part(values: Tensor | None, part: slice) -> Tensor | None:
+    return None if values is None else values[part]
 
 
 def compare_graph(
@@ -156,10 +178,11 @@ def compare_graphs(
 ) -> list[GraphParity]:
     """Compare every graph on held-out tiles and a real volume, and what comes of them."""
     by_name = {graph.name: graph for graph in graphs}
-    ct_tokens = _outputs(by_name["ct_encoder"], {"ct": held_out.ct})
+    ct = named("ct", held_out.ct, "ct_features", held_out.ct_features)
+    ct_tokens = _outputs(by_name["ct_encoder"], ct)
     batches = []
-    for tiles in torch.split(held_out.tiles, BATCH):
-        values = {"ct": held_out.ct, **ct_tokens, "tile": tiles}
+    for tiles in held_out.batches():
+        values = {**ct, **ct_tokens, **tiles}
         for name in ("path_encoder", "bridge"):
             values |= _outputs(by_name[name], values)
         batches.append(values)
@@ -202,8 +225,9 @@ def compare_decisions(
         tolerance: what counts as a tie.
     """
     with torch.no_grad():
-        tokens, present = model.context(held_out.ct)
-    exported = sessions["ct_encoder"].run({"ct": held_out.ct.numpy()})["ct_tokens"]
+        tokens = _ct_tokens(model, held_out.ct, held_out.ct_features)
+        present = tokens.new_ones(1)
+    exported = exported_ct_tokens(sessions["ct_encoder"], held_out.ct, held_out.ct_features)[0]
     rows = []
     contexts = zip(("without CT", "with CT"), (0.0, 1.0), scales, strict=True)
     for context, there, scale in contexts:
@@ -239,20 +263,26 @@ def exported_chances(
     means = _prototypes(_exported_support(sessions, held_out, context), held_out, fit)
     head = {"prototypes": means, "scale": np.array([scale], dtype=np.float32)}
     parts = [
-        sessions["tile_classifier"].run({"tile": part.numpy(), **context, **head})["logits"]
-        for part in torch.split(held_out.tiles, BATCH)
+        sessions["tile_classifier"].run({**_arrays(tiles), **context, **head})["logits"]
+        for tiles in held_out.batches()
     ]
     return softmax(np.concatenate(parts))
+
+
+def exported_support_tokens(sessions: Mapping[str, Session], held_out: HeldOut) -> NDArray[Any]:
+    """Encode the support tiles, `(S, N, C)`."""
+    inputs = named("tile", held_out.support, "features", held_out.support_features)
+    return sessions["path_encoder"].run(_arrays(inputs))["tile_tokens"]
 
 
 def _exported_support(
     sessions: Mapping[str, Session], held_out: HeldOut, context: Mapping[str, NDArray[Any]]
 ) -> NDArray[Any]:
     """Embed the support tiles in the context, or with a CT each with its own patient's."""
-    tokens = sessions["path_encoder"].run({"tile": held_out.support.numpy()})["tile_tokens"]
+    tokens = exported_support_tokens(sessions, held_out)
     if not (context["ct_present"].any() and len(held_out.support_ct)):
         return sessions["bridge"].run({"tile_tokens": tokens, **context})["embedding"]
-    own = np.concatenate(exported_ct_tokens(sessions["ct_encoder"], held_out.support_ct))
+    own = np.concatenate(exported_support_ct(sessions["ct_encoder"], held_out))
     parts = []
     for token, index in zip(tokens, held_out.support_ct_of, strict=True):
         there = {
@@ -263,9 +293,25 @@ def _exported_support(
     return np.concatenate(parts)
 
 
-def exported_ct_tokens(ct_encoder: Session, volumes: Tensor) -> list[NDArray[Any]]:
-    """Encode volumes `(P, W, D, S, S)` one by one."""
-    return [ct_encoder.run({"ct": one[None].numpy()})["ct_tokens"] for one in volumes]
+def exported_support_ct(ct_encoder: Session, held_out: HeldOut) -> list[NDArray[Any]]:
+    """Encode the CT of the support tiles' patients one by one."""
+    return exported_ct_tokens(ct_encoder, held_out.support_ct, held_out.support_ct_features)
+
+
+def exported_ct_tokens(
+    ct_encoder: Session, volumes: Tensor, features: Tensor | None
+) -> list[NDArray[Any]]:
+    """Encode volumes `(P, W, D, S, S)` one by one, with their features `(P, F)` if there are."""
+    found = []
+    for index in range(len(volumes)):
+        one = slice(index, index + 1)
+        inputs = named("ct", volumes[one], "ct_features", _part(features, one))
+        found.append(ct_encoder.run(_arrays(inputs))["ct_tokens"])
+    return found
+
+
+def _arrays(tensors: Mapping[str, Tensor]) -> Arrays:
+    return {name: value.numpy() for name, value in tensors.items()}
 
 
 def require_parity(
@@ -317,14 +363,14 @@ def _torch_chances(
     scale: float,
     fit: str,
 ) -> NDArray[np.float64]:
-    def embed(tiles: Tensor) -> Tensor:
-        embedded: Tensor = model.bridge(model.path_encoder(tiles), tokens, present)
+    def embed(tile: Tensor, features: Tensor | None = None) -> Tensor:
+        embedded: Tensor = model.bridge(_tile_tokens(model, tile, features), tokens, present)
         return embedded
 
     means = _prototypes(_torch_support(model, held_out, tokens, present).numpy(), held_out, fit)
     parts = [
-        model.head(embed(part), torch.from_numpy(means), torch.tensor([scale]))[0].numpy()
-        for part in torch.split(held_out.tiles, BATCH)
+        model.head(embed(**tiles), torch.from_numpy(means), torch.tensor([scale]))[0].numpy()
+        for tiles in held_out.batches()
     ]
     return softmax(np.concatenate(parts))
 
@@ -334,12 +380,26 @@ def _torch_support(
 ) -> Tensor:
     """Embed the support tiles as `Contexts.of_tiles` has the evaluation do it."""
     if present.any() and len(held_out.support_ct):
-        own = torch.cat([model.ct_encoder(one) for one in torch.split(held_out.support_ct, 1)])
+        own = _ct_tokens(model, held_out.support_ct, held_out.support_ct_features)
         index = torch.from_numpy(held_out.support_ct_of)
         present = (index >= 0).to(own.dtype)
         tokens = own[index.clamp_min(0)] * present[:, None, None]
-    embedded: Tensor = model.bridge(model.path_encoder(held_out.support), tokens, present)
+    own_tokens = _tile_tokens(model, held_out.support, held_out.support_features)
+    embedded: Tensor = model.bridge(own_tokens, tokens, present)
     return embedded
+
+
+def _tile_tokens(model: TransferModel, tiles: Tensor, features: Tensor | None) -> Tensor:
+    return _with_features(model.path_encoder(tiles), model.tile_features, features)
+
+
+def _ct_tokens(model: TransferModel, volumes: Tensor, features: Tensor | None) -> Tensor:
+    own = torch.cat([model.ct_encoder(one) for one in torch.split(volumes, 1)])
+    return _with_features(own, model.ct_features, features)
+
+
+def _with_features(tokens: Tensor, project: FeatureTokens, features: Tensor | None) -> Tensor:
+    return tokens if features is None else torch.cat([tokens, project(features)], dim=1)
 
 
 def _prototypes(support: NDArray[Any], held_out: HeldOut, fit: str) -> NDArray[np.float32]:

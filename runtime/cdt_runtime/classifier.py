@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
@@ -16,9 +15,12 @@ from numpy.typing import NDArray
 from cdt_runtime.backends import Precision, Session, open_session
 from cdt_runtime.bundle import Bundle
 from cdt_runtime.cache import TokenCache, cache_dir
-from cdt_runtime.ct import Series, Volume, load_reduced, scan_series
+from cdt_runtime.ct import Volume
+from cdt_runtime.ct_context import CtContexts
+from cdt_runtime.encoder_features import feature_layout, flat_features
+from cdt_runtime.encoder_session import bundle_cards, bundle_encoders
 from cdt_runtime.errors import BackendError, PrototypeError, TileError
-from cdt_runtime.prediction import Context, CtChange, CtUsed, Prediction, TileInput, nearest
+from cdt_runtime.prediction import Context, CtChange, Prediction, TileInput, nearest
 from cdt_runtime.preprocess import Preprocess
 from cdt_runtime.proof import Choice, choose_backend
 from cdt_runtime.prototypes import (
@@ -34,9 +36,6 @@ from cdt_runtime.tile_input import TileLike, prepare
 
 Float = NDArray[np.float32]
 CtLike = str | os.PathLike[str] | Volume | None
-
-READER_VERSION = 2
-"""Raised when the same series gives another CT input than before: cached tokens are then stale."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +64,7 @@ class FewShotClassifier:
 
     Attributes:
         notes: why `auto` may not use an engine that is there, one line each.
+        encoders: foundation encoders that the bundle holds.
 
     Raises:
         BundleError, PrototypeError, BackendError: they can't be used here.
@@ -91,10 +91,13 @@ class FewShotClassifier:
         self.prototypes = Prototypes.from_files(
             bundle.read(TENSORS), bundle.read(FACTS), encoder_sha256=bundle.encoder_sha256
         )
-        self._cache = TokenCache(folder)
+        tokens = TokenCache(folder)
+        self.encoders = bundle_encoders(bundle, self.backend, self.precision, tokens)
+        self._layout = feature_layout(bundle_cards(bundle), "tile")
         self._sessions: dict[str, Session] = {}
         self._means: dict[str, Float] = {}
         self._classify = self._session("tile_classifier")
+        self._contexts = CtContexts(bundle, tokens, self.encoders, self.engine, self._encode_ct)
 
     @classmethod
     def open(
@@ -249,50 +252,10 @@ class FewShotClassifier:
             SeriesError: the series can't be used.
         """
         if ct is None:
-            shape = self._ct_tokens_shape()
-            return Context(np.zeros(shape, np.float32), np.zeros(1, np.float32), "none", None, {})
-        started = perf_counter()
+            return self._contexts.none()
         if isinstance(ct, Volume):
-            ct_input = self.preprocess.ct(ct)
-            # What a caller made is known by its values alone.
-            identity = hashlib.sha256(ct_input.tobytes()).hexdigest()
-            return self._encoded(identity, ct, lambda: ct_input, started)
-        series = scan_series(
-            Path(ct),
-            series_uid=series_uid,
-            min_slices=self.preprocess.min_slices,
-            allow_resample=allow_resample,
-        )
-
-        def read() -> Float:
-            means = load_reduced(series, self.preprocess.ct_means_shape)
-            return self.preprocess.ct_of_means(means)
-
-        return self._encoded(series.state, series, read, started)
-
-    def _encoded(
-        self,
-        identity: str,
-        ct: Series | Volume,
-        read: Callable[[], Float],
-        started: float,
-    ) -> Context:
-        """Take the tokens of a CT from the cache, or read and encode it."""
-        key = self._token_key(identity)
-        tokens = self._cache.get(key, self._ct_tokens_shape())
-        hit = tokens is not None
-        timings: dict[str, float] = {}
-        if tokens is None:
-            ct_input = read()
-            timings["ct_read"] = _ms_since(started)
-            started = perf_counter()
-            tokens = self._finite(self._session("ct_encoder").run({"ct": ct_input})["ct_tokens"])
-            timings["ct_encode"] = _ms_since(started)
-            self._cache.put(key, tokens)
-        else:
-            timings["ct_read"] = _ms_since(started)
-        used = CtUsed(ct.description, hit, ct.warnings)
-        return Context(tokens, np.ones(1, np.float32), key, used, timings)
+            return self._contexts.of_volume(ct)
+        return self._contexts.of_folder(Path(ct), series_uid, allow_resample)
 
     def _finite(self, answer: Float) -> Float:
         if not np.isfinite(answer).all():
@@ -308,14 +271,27 @@ class FewShotClassifier:
         fill_missing: bool = False,
     ) -> TileInput:
         """Read one tile and bring it to the tile input; see `tile_input.prepare`."""
-        return prepare(tile, self.preprocess, channels=channels, mpp=mpp, fill_missing=fill_missing)
+        return prepare(
+            tile,
+            self.preprocess,
+            channels=channels,
+            mpp=mpp,
+            fill_missing=fill_missing,
+            encoders=self.encoders,
+        )
 
-    def classify(self, tiles: NDArray[Any], context: Context) -> tuple[NDArray[np.float64], Float]:
+    def classify(
+        self,
+        tiles: NDArray[Any],
+        context: Context,
+        images: Mapping[str, Float] | None = None,
+    ) -> tuple[NDArray[np.float64], Float]:
         """Classify tile inputs in one engine call.
 
         Args:
             tiles: `(B, M, S, S)`, as `preprocess` gives them.
             context: that `context` gave.
+            images: the same tiles as each foundation encoder takes them, by encoder `(B, ...)`.
 
         Returns:
             Calibrated probabilities and distances, both `(B, K)`.
@@ -327,7 +303,7 @@ class FewShotClassifier:
         scale = support.scale_with_ct if context.used else support.scale
         outputs = self._classify.run(
             {
-                "tile": tiles,
+                **self._tile_inputs(tiles, images or {}),
                 "ct_tokens": context.tokens,
                 "ct_present": context.present,
                 "prototypes": self.class_prototypes(context),
@@ -339,7 +315,7 @@ class FewShotClassifier:
     def _answers(self, batch: Sequence[TileInput], context: Context) -> list[_Answer]:
         """Classify a batch in one context."""
         started = perf_counter()
-        answers = self.classify(np.stack([tile.array for tile in batch]), context)
+        answers = self.classify(_arrays(batch), context, _images(batch))
         share_ms = _ms_since(started) / len(batch)
         return [
             _Answer(
@@ -396,8 +372,20 @@ class FewShotClassifier:
         )
 
     def _tokens(self, batch: Sequence[TileInput]) -> Float:
-        tiles = np.stack([tile.array for tile in batch])
-        return self._session("path_encoder").run({"tile": tiles})["tile_tokens"]
+        inputs = self._tile_inputs(_arrays(batch), _images(batch))
+        return self._session("path_encoder").run(inputs)["tile_tokens"]
+
+    def _tile_inputs(
+        self, tiles: NDArray[Any], images: Mapping[str, Float]
+    ) -> dict[str, NDArray[Any]]:
+        """Name tiles as the graphs take them, with what foundation encoders say of them."""
+        if not self._layout:
+            return {"tile": tiles}
+        said = self.encoders.of_images(images)
+        return {"tile": tiles, "features": flat_features(self._layout, said, len(tiles))}
+
+    def _encode_ct(self, inputs: dict[str, Float]) -> Float:
+        return self._finite(self._session("ct_encoder").run(inputs)["ct_tokens"])
 
     def _embed_tokens(self, tokens: Float, context: Context) -> Float:
         inputs = {
@@ -413,13 +401,6 @@ class FewShotClassifier:
             self._sessions[graph] = open_session(self.backend, data, self.precision)
         return self._sessions[graph]
 
-    def _ct_tokens_shape(self) -> tuple[int, ...]:
-        return tuple(self.bundle.manifest["graphs"]["ct_encoder"]["outputs"]["ct_tokens"]["shape"])
-
-    def _token_key(self, identity: str) -> str:
-        parts = [identity, self.bundle.ct_encoder_sha256, self.engine, str(READER_VERSION)]
-        return hashlib.sha256("|".join(parts).encode()).hexdigest()
-
 
 def _several(tiles: Sequence[TileLike]) -> Sequence[TileLike]:
     """Refuse one tile in place of several: a path would be taken apart into letters.
@@ -430,6 +411,14 @@ def _several(tiles: Sequence[TileLike]) -> Sequence[TileLike]:
     if isinstance(tiles, str | os.PathLike | Tile | np.ndarray):
         raise TileError("one tile where several are expected: put it in a list")
     return tiles
+
+
+def _arrays(batch: Sequence[TileInput]) -> NDArray[Any]:
+    return np.stack([tile.array for tile in batch])
+
+
+def _images(batch: Sequence[TileInput]) -> dict[str, Float]:
+    return {key: np.stack([tile.images[key] for tile in batch]) for key in batch[0].images}
 
 
 def _batches(items: Iterable[TileInput], size: int) -> Iterator[list[TileInput]]:

@@ -7,6 +7,7 @@ graph, and the runtime prepares inputs by nothing else.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
@@ -111,6 +112,11 @@ class EncoderCard:
     verified: Verified = "none"
     origin: Literal["weights", "random-weights"] | None = None
     weights_sha256: str | None = None
+
+    @property
+    def graph(self) -> str:
+        """Name of its graph in a bundle, and of the file without its ending."""
+        return f"encoder_{re.sub('[^A-Za-z0-9]', '_', self.key)}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plain values, as JSON holds them."""

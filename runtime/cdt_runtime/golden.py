@@ -41,18 +41,31 @@ Arrays = dict[str, NDArray[Any]]
 Run = Callable[[str, Mapping[str, NDArray[Any]]], Arrays]
 
 
-def golden_inputs(preprocess: Preprocess) -> Arrays:
+def golden_inputs(preprocess: Preprocess, features: int = 0, ct_features: int = 0) -> Arrays:
     """Generate the inputs: smooth random patterns of the right size and range.
+
+    Args:
+        preprocess: of the model.
+        features: F, figures that foundation encoders give for a tile.
+        ct_features: the same for a CT.
 
     Returns:
         `in_ct` `(1, W, D, S, S)` and `in_tile` `(4, M, S, S)`; tiles 0, 1 and 2, 3 are two classes.
+        Where there are any, `in_features` `(4, F)` and `in_ct_features` `(1, F)`, normal.
     """
     rng = np.random.default_rng(20240517)
     ct = _smooth(rng, preprocess.ct_shape, cell=8) * 2 - 1
     tile = np.stack([_smooth(rng, preprocess.tile_shape, cell=4 * (n // 2 + 1)) for n in range(4)])
     if preprocess.tile_dtype == "uint8":
         tile = np.rint(tile * 255)
-    return {"in_ct": ct.astype(np.float32), "in_tile": tile.astype(preprocess.tile_dtype)}
+    made: Arrays = {
+        "in_ct": ct.astype(np.float32),
+        "in_tile": tile.astype(preprocess.tile_dtype),
+    }
+    for name, count, size in (("in_features", 4, features), ("in_ct_features", 1, ct_features)):
+        if size:
+            made[name] = rng.standard_normal((count, size)).astype(np.float32)
+    return made
 
 
 def golden_outputs(inputs: Mapping[str, NDArray[Any]], run: Run) -> Arrays:
@@ -65,22 +78,28 @@ def golden_outputs(inputs: Mapping[str, NDArray[Any]], run: Run) -> Arrays:
     Returns:
         Outputs by name: CT tokens, and embeddings and logits with CT and without.
     """
-    tokens = run("ct_encoder", {"ct": inputs["in_ct"]})["ct_tokens"]
+    ct, tile = (_named(inputs, *names) for names in (("ct", "ct_features"), ("tile", "features")))
+    tokens = run("ct_encoder", ct)["ct_tokens"]
     results: Arrays = {"out_ct_tokens": tokens}
     for name, present in (("with_ct", 1.0), ("without_ct", 0.0)):
         context = {"ct_tokens": tokens, "ct_present": np.array([present], dtype=np.float32)}
-        tile_tokens = run("path_encoder", {"tile": inputs["in_tile"]})["tile_tokens"]
+        tile_tokens = run("path_encoder", tile)["tile_tokens"]
         embedding = run("bridge", {"tile_tokens": tile_tokens, **context})["embedding"]
         # Whatever the bundle's own fit: a ridge's regulariser may jump with the last bit.
         means = class_means(embedding, _CLASSES, 2)
         head = {"prototypes": means, "scale": _SCALE}
-        outputs = run("tile_classifier", {"tile": inputs["in_tile"], **context, **head})
+        outputs = run("tile_classifier", {**tile, **context, **head})
         alone = run("head", {"embedding": embedding, **head})
         results[f"out_embedding_{name}"] = outputs["embedding"]
         results[f"out_ct_residual_{name}"] = outputs["ct_residual"]
         results[f"out_logits_{name}"] = outputs["logits"]
         results[f"out_distances_{name}"] = alone["distances"]
     return results
+
+
+def _named(inputs: Mapping[str, NDArray[Any]], *names: str) -> Arrays:
+    """Take the inputs of a graph, those that there are."""
+    return {name: inputs[f"in_{name}"] for name in names if f"in_{name}" in inputs}
 
 
 def self_test(bundle: Bundle, backend: str, precision: Precision = "auto") -> dict[str, float]:
@@ -141,7 +160,7 @@ def one_tile(bundle: Bundle) -> Arrays:
     """Make the golden inputs of the tile graph at batch 1, of a tile in the context of a CT."""
     stored = np.load(io.BytesIO(bundle.read(GOLDEN)), allow_pickle=False)
     return {
-        "tile": stored["in_tile"][:1],
+        **{name: value[:1] for name, value in _named(stored, "tile", "features").items()},
         "ct_tokens": stored["out_ct_tokens"],
         "ct_present": np.ones(1, np.float32),
         "prototypes": class_means(stored["out_embedding_with_ct"], _CLASSES, 2),

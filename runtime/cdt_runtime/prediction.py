@@ -109,7 +109,18 @@ class Context:
 
 @dataclass(frozen=True, eq=False)
 class TileInput:
-    """A tile, ready for the graph, with what there is to say about it."""
+    """A tile, ready for the graph, with what there is to say about it.
+
+    Attributes:
+        array: `(M, S, S)`.
+        name: what results call it.
+        sha256: of its file, files or array.
+        blank: whether it shows no tissue.
+        channels: for each model channel the file's, None where it was filled with zeros.
+        warnings: one line each.
+        read_ms: milliseconds that it took.
+        images: the tile as each foundation encoder takes it, by encoder.
+    """
 
     array: NDArray[Any]
     name: str
@@ -118,3 +129,4 @@ class TileInput:
     channels: dict[str, str | None]
     warnings: tuple[str, ...]
     read_ms: float
+    images: Mapping[str, Float] = field(default_factory=dict)

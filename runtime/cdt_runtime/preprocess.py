@@ -144,7 +144,7 @@ class Preprocess:
         Raises:
             TileError: values outside the range that the sample format allows.
         """
-        squared = _centre_square(pixels)
+        squared = centre_square(pixels)
         size = self.image_size
         if self.tile_dtype == "uint8" and squared.dtype == np.uint8 and squared.shape[0] == size:
             return np.ascontiguousarray(squared.transpose(2, 0, 1))
@@ -241,7 +241,8 @@ def resize_matrix(n_in: int, n_out: int) -> Float:
     return result
 
 
-def _centre_square(pixels: NDArray[Any]) -> NDArray[Any]:
+def centre_square(pixels: NDArray[Any]) -> NDArray[Any]:
+    """Cut the square in the middle out of `(H, W, ...)`."""
     height, width = pixels.shape[:2]
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cdt_runtime.encoders import Encoders
 from cdt_runtime.errors import TileError
 from cdt_runtime.prediction import TileInput
 from cdt_runtime.preprocess import Preprocess
@@ -30,6 +31,7 @@ def prepare(
     channels: Sequence[str] | None = None,
     mpp: float | None = None,
     fill_missing: bool = False,
+    encoders: Encoders | None = None,
 ) -> TileInput:
     """Read one tile and bring it to the tile input.
 
@@ -39,6 +41,7 @@ def prepare(
         channels: names for the channels of a file that has none.
         mpp: microns a pixel, where the file does not say or is wrong.
         fill_missing: fill a channel that the file lacks with zeros.
+        encoders: foundation encoders that look at it, too.
 
     Raises:
         TileError: the tile can't be used.
@@ -54,6 +57,9 @@ def prepare(
         found = read_tile(tile, channels=channels, mpp=mpp)
     pixels, mapping, filled = match_channels(found, preprocess.channels, fill_missing=fill_missing)
     array = preprocess.tile(pixels, found.bits, name=found.source)
+    images = {}
+    if encoders is not None and encoders.see_tiles:
+        images = encoders.images(pixels, found.bits, preprocess.channels, found.source)
     notes = [preprocess.crop_warning(found), preprocess.scale_warning(found)]
     if filled:
         notes.append(f"channels filled with zeros: {', '.join(filled)}")
@@ -65,6 +71,7 @@ def prepare(
         mapping,
         (*found.warnings, *(note for note in notes if note)),
         (perf_counter() - started) * 1000.0,
+        images,
     )
 
 

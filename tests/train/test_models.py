@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from toys import tiny_model
 
 from cdt_train.models.bridge import Bridge
 from cdt_train.models.domain import (
@@ -15,21 +17,13 @@ from cdt_train.models.domain import (
 )
 from cdt_train.models.layers import Centre
 from cdt_train.models.prototypical import PrototypicalHead, class_means
-from cdt_train.models.transfer_model import TransferModel, build_model
+from cdt_train.models.transfer_model import TransferModel
 
 
-def model(seed: int = 0) -> TransferModel:
-    return build_model(
-        channels=3,
-        n_classes=2,
-        windows=1,
-        feature_dim=32,
-        num_heads=4,
-        path_widths=(8, 8, 16, 16),
-        ct_widths=(8, 8, 16, 16),
-        bank_size=4,
-        seed=seed,
-    ).eval()
+def model(**changes: Any) -> TransferModel:
+    options = {"feature_dim": 32, "num_heads": 4, "bank_size": 4}
+    widths = {"path_widths": (8, 8, 16, 16), "ct_widths": (8, 8, 16, 16)}
+    return tiny_model(**options, **widths, **changes).eval()
 
 
 def tiles(count: int = 3) -> torch.Tensor:
@@ -96,7 +90,7 @@ def test_a_tile_can_look_away_from_the_ct() -> None:
     weights = bridge.attention(tile_tokens, ct_tokens)
     assert weights.shape == (2, 4, 4, 7)
     assert torch.equal(weights[..., -1], torch.ones(2, 4, 4))
-    drawn = bridge.residual(tile_tokens, ct_tokens)
+    drawn = bridge.residual(tile_tokens, ct_tokens, torch.ones(1))
     assert torch.allclose(drawn, bridge.output.bias.expand(2, 32))  # nothing of the CT
 
 
@@ -149,9 +143,9 @@ def test_class_means_match_the_runtime() -> None:
 
 def test_weights_hang_on_the_seed_alone() -> None:
     torch.manual_seed(5)
-    first = model(1).state_dict()
-    second = model(1).state_dict()
-    other = model(2).state_dict()
+    first = model(seed=1).state_dict()
+    second = model(seed=1).state_dict()
+    other = model(seed=2).state_dict()
     assert all(torch.equal(first[key], second[key]) for key in first)
     assert not torch.equal(first["bridge.query.weight"], other["bridge.query.weight"])
 
@@ -178,21 +172,40 @@ def test_each_tile_may_have_a_ct_of_its_own_or_none() -> None:
         assert torch.allclose(mixed[row], alone[0], atol=1e-6)
 
 
-def test_foundation_tokens_join_the_context_and_absent_ones_change_nothing() -> None:
-    whole = model()
+def test_foundation_tokens_join_the_context_and_silent_ones_change_nothing() -> None:
+    whole = model(tile_features={"eye": (2, 6), "ear": (1, 4)}, ct_features={"lung": (3, 5)})
     with torch.no_grad():
         whole.bridge.gate.fill_(1.0)
-    tokens, (ct, present) = whole.path_encoder(tiles()), whole.context(CT)
-    extra = torch.randn(1, 3, 32, generator=torch.Generator().manual_seed(2))
-    plain = whole.bridge(tokens, ct, present)
-    joined = whole.bridge(tokens, ct, present, extra)
-    assert not torch.allclose(plain, joined, atol=1e-4)
-    absent = whole.bridge(tokens, ct, present, extra, torch.zeros(1, 3))
-    assert torch.allclose(plain, absent, atol=1e-6)
-    alone = whole.bridge(tokens, *whole.context(None))
-    nothing = whole.bridge(tokens, *whole.context(None), extra, torch.zeros(1, 3))
-    assert torch.equal(alone, nothing)
-    assert not torch.allclose(alone, whole.bridge(tokens, *whole.context(None), extra), atol=1e-4)
+    generator = torch.Generator().manual_seed(2)
+    eye, ear = (torch.randn(3, *shape, generator=generator) for shape in ((2, 6), (1, 4)))
+    lung = torch.randn(1, 3, 5, generator=generator)
+    silent = whole.tile_tokens(tiles(), {})
+    heard = whole.tile_tokens(tiles(), {"eye": eye, "ear": ear})
+    assert heard.shape == (3, 2 * 4 + 3, 32)
+    assert torch.equal(whole.bridge.of_tile(heard), whole.path_encoder(tiles()))
+    alone, nothing = whole.context(None), torch.zeros(1, 2 + 3, 32)
+
+    def embedded(tokens: torch.Tensor, context: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        return whole.bridge(tokens, *context)
+
+    plain = model()
+    plain.load_state_dict(whole.state_dict(), strict=False)
+    only = plain.bridge(plain.path_encoder(tiles()), *plain.context(None))
+    assert torch.equal(embedded(silent, alone), only)  # bit for bit the tile alone
+    assert not torch.allclose(embedded(heard, alone), only, atol=1e-4)
+    with_ct = embedded(silent, whole.context(CT))
+    assert torch.allclose(
+        with_ct, plain.bridge(plain.path_encoder(tiles()), *plain.context(CT)), atol=1e-6
+    )
+    assert not torch.allclose(
+        with_ct, embedded(silent, whole.context(CT, {"lung": lung})), atol=1e-4
+    )
+    one = whole.tile_tokens(tiles(), {"eye": eye})
+    assert not one[:, -1].any()  # the ear said nothing
+    for other in (embedded(heard, alone), embedded(silent, alone)):
+        assert not torch.allclose(embedded(one, alone), other, atol=1e-4)
+    absent = embedded(heard, (nothing, torch.zeros(1)))
+    assert torch.equal(absent, embedded(heard, alone))
 
 
 def test_attention_tells_the_scales_of_the_ct_apart() -> None:
@@ -234,7 +247,9 @@ def test_the_settled_residual_has_no_common_part() -> None:
     whole = model()
     tokens = whole.path_encoder(tiles())
     contexts = torch.cat([whole.context(CT)[0], whole.context(-CT)[0]])
-    before = torch.cat([whole.bridge.residual(tokens, ct) for ct in contexts.split(1)])
+    before = torch.cat(
+        [whole.bridge.residual(tokens, ct, torch.ones(1)) for ct in contexts.split(1)]
+    )
     assert whole.bridge.offset(before).mean(dim=0).abs().max() > 1e-3
     whole.bridge.settle(tokens, contexts)
     assert whole.bridge.offset(before).mean(dim=0).abs().max() < 1e-6

@@ -13,19 +13,20 @@ from cdt_train.encoders.backbones import Backbone
 from cdt_train.models.transfer_model import TransferModel, build_model
 
 
-def tiny_model() -> TransferModel:
+def tiny_model(**changes: Any) -> TransferModel:
     """The whole model for RGB tiles of 32 pixels and two classes, with 16 features."""
-    return build_model(
-        channels=3,
-        n_classes=2,
-        windows=1,
-        feature_dim=16,
-        num_heads=2,
-        path_widths=(8, 8, 8, 8),
-        ct_widths=(8, 8, 8, 8),
-        bank_size=2,
-        seed=0,
-    )
+    options: dict[str, Any] = {
+        "channels": 3,
+        "n_classes": 2,
+        "windows": 1,
+        "feature_dim": 16,
+        "num_heads": 2,
+        "path_widths": (8, 8, 8, 8),
+        "ct_widths": (8, 8, 8, 8),
+        "bank_size": 2,
+        "seed": 0,
+    }
+    return build_model(**{**options, **changes})
 
 
 def net(seed: int = 0) -> Backbone:

@@ -60,6 +60,16 @@ class ModelRecipe(_Section):
         None,
         description="weights of the CT encoder, as phase 1 writes them; null: phase 1 trains them",
     )
+    use_haidef: bool = Field(
+        False, description="adds medsiglip, medgemma and path-foundation to model.encoders"
+    )
+    encoders: tuple[str, ...] = Field(
+        (), description="foundation encoders whose features the bridge sees; cdt-train encoders"
+    )
+    encoder_weights: dict[str, str] = Field(
+        {}, description="path of an encoder's weights by its key, or tiny-random; else looked for"
+    )
+    allow_download: bool = Field(False, description="fetch weights that are not on this machine")
 
 
 class TrainingRecipe(_Section):
@@ -133,6 +143,9 @@ class TrainingRecipe(_Section):
     ct_share: float = Field(0.5, ge=0, le=1, description="share of the episodes with a CT")
     bank_share: float = Field(
         0.25, ge=0, le=1, description="share with the learnt context bank; the rest have none"
+    )
+    encoder_silence: float = Field(
+        0.25, ge=0, lt=1, description="share of episodes in which a foundation encoder is masked"
     )
     off_axis: float = Field(
         0.33,

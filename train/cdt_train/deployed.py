@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from cdt_runtime.backends import Session, open_session
 from cdt_runtime.bundle import Bundle
 from cdt_runtime.classifier import FewShotClassifier
+from cdt_runtime.encoder_features import Layout, feature_layout, flat_features
+from cdt_runtime.encoder_session import bundle_cards
 from cdt_runtime.errors import BundleError
 from cdt_train.models.prototypical import PrototypicalHead
 from cdt_train.models.transfer_model import TransferModel
@@ -73,19 +75,47 @@ def shipped_model(bundle: Bundle, *, backend: str = "onnxruntime") -> TransferMo
         nn.Identity(),
     )
     ct_encoder, path_encoder, bridge, discriminator, classifier = parts
-    return TransferModel(
-        ct_encoder, path_encoder, bridge, PrototypicalHead(), discriminator, classifier
+    encoders = bundle_cards(bundle)
+    return _Shipped(
+        (feature_layout(encoders, "tile"), feature_layout(encoders, "ct")),
+        *(ct_encoder, path_encoder, bridge, PrototypicalHead(), discriminator, classifier),
     )
+
+
+class _Shipped(TransferModel):
+    """Its graphs take the features of foundation encoders and give their tokens, too."""
+
+    def __init__(self, layouts: tuple[Layout, Layout], *parts: Any) -> None:
+        super().__init__(*parts)
+        self._of_tile, self._of_ct = layouts
+
+    def tile_tokens(self, tiles: Tensor, features: Mapping[str, Tensor]) -> Tensor:
+        """Encode tiles by the graph."""
+        found: Tensor = self.path_encoder(tiles, *self._flat(self._of_tile, features, len(tiles)))
+        return found
+
+    def ct_tokens(self, ct: Tensor, features: Mapping[str, Tensor]) -> Tensor:
+        """Encode volumes by the graph."""
+        found: Tensor = self.ct_encoder(ct, *self._flat(self._of_ct, features, len(ct)))
+        return found
+
+    @staticmethod
+    def _flat(layout: Layout, features: Mapping[str, Tensor], count: int) -> list[Tensor]:
+        arrays = {key: values.numpy() for key, values in features.items()}
+        return [torch.from_numpy(flat_features(layout, arrays, count))] if layout else []
 
 
 class _Encoder(nn.Module):
     def __init__(self, session: Session, source: str, target: str) -> None:
         super().__init__()
         self.session, self.source, self.target = session, source, target
+        self.told = "features" if source == "tile" else "ct_features"
 
-    def forward(self, images: Tensor) -> Tensor:
-        array = np.ascontiguousarray(images.numpy())
-        return torch.from_numpy(self.session.run({self.source: array})[self.target])
+    def forward(self, images: Tensor, *features: Tensor) -> Tensor:
+        inputs = {self.source: np.ascontiguousarray(images.numpy())}
+        for part in features:
+            inputs[self.told] = part.numpy()
+        return torch.from_numpy(self.session.run(inputs)[self.target])
 
 
 class _Bridge(nn.Module):
@@ -101,6 +131,9 @@ class _Bridge(nn.Module):
         super().__init__()
         self.session = session
         self.register_buffer("bank", torch.zeros(shape))
+
+    def bank_context(self) -> Tensor:
+        return self.bank
 
     def forward(self, tile_tokens: Tensor, ct_tokens: Tensor, ct_present: Tensor) -> Tensor:
         if len(ct_tokens) == 1:

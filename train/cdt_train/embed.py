@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -14,13 +16,30 @@ Floats = NDArray[np.float32]
 
 
 @torch.no_grad()
-def tile_tokens(model: TransferModel, tiles: Tensor, device: torch.device) -> Tensor:
-    """Encode many tiles `(n, M, S, S)` once, for any number of contexts; `(n, N, C)`."""
+def tile_tokens(
+    model: TransferModel,
+    tiles: Tensor,
+    device: torch.device,
+    features: Mapping[str, Tensor] | None = None,
+) -> Tensor:
+    """Encode many tiles once, for any number of contexts.
+
+    Args:
+        model: put into evaluation mode.
+        tiles: `(n, M, S, S)`.
+        device: where the model lives.
+        features: by foundation encoder `(n, X, W)`; those that are missing stay silent.
+
+    Returns:
+        `(n, N, C)`, then the tokens of foundation encoders.
+    """
     model.eval()
-    parts = [
-        model.path_encoder(batch.to(device, memory_format=torch.channels_last))
-        for batch in torch.split(tiles, BATCH)
-    ]
+    parts = []
+    for start in range(0, len(tiles), BATCH):
+        batch = slice(start, start + BATCH)
+        said = {key: values[batch] for key, values in (features or {}).items()}
+        some = tiles[batch].to(device, memory_format=torch.channels_last)
+        parts.append(model.tile_tokens(some, said))
     return torch.cat(parts)
 
 

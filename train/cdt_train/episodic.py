@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -38,6 +39,8 @@ class EpisodeRecipe:
             tiles are of different patients: such a CT must not change an answer.
         domain_method: how the two sides are drawn together in the bridge.
         domain_weight: of it; for `adversarial` the top of the gradient-reversal ramp.
+        silence: share of the episodes in which a foundation encoder says nothing, each by itself;
+            1 for training without them.
     """
 
     ct_share: float = 0.5
@@ -46,6 +49,7 @@ class EpisodeRecipe:
     agreement_weight: float = 0.1
     domain_method: Literal["adversarial", "coral", "mmd", "none"] = "adversarial"
     domain_weight: float = 0.3
+    silence: float = 0.25
 
 
 class EpisodicPhase:
@@ -99,9 +103,9 @@ class EpisodicPhase:
         rng = np.random.default_rng([self._seed, index])
         episode = self._sampler.sample(rng)
         chosen = np.concatenate([episode.support, episode.query])
-        tokens = self._tokens(chosen, index)
         mode = self._draw_mode(rng)
         ct_tokens, present = self._context(mode, chosen, rng)
+        tokens = self._tokens(chosen, index, self._heard(rng))
         embedded = self._model.bridge(tokens, ct_tokens, present)
         logits, few_shot, accuracy = self._few_shot(embedded, episode)
         proxy = self._by_proxies(embedded, chosen)
@@ -119,7 +123,8 @@ class EpisodicPhase:
 
     def validate(self) -> dict[str, float]:
         """Measure accuracy and loss on the validation episodes."""
-        tokens = tile_tokens(self._model, self._val.tiles, self._device)
+        said = {} if self._recipe.silence == 1 else self._val.features
+        tokens = tile_tokens(self._model, self._val.tiles, self._device, said)
         own = self._val_contexts
         context = own.of_tiles(self._val.groups) if own else self._model.context(None)
         embeddings = embed_tokens(self._model, tokens, context)
@@ -133,12 +138,17 @@ class EpisodicPhase:
             "gate": gate,
         }
 
-    def _tokens(self, chosen: NDArray[np.int64], index: int) -> Tensor:
+    def _heard(self, rng: np.random.Generator) -> list[str]:
+        """Draw which foundation encoders are heard."""
+        return [key for key in self._train.features if rng.random() >= self._recipe.silence]
+
+    def _tokens(self, chosen: NDArray[np.int64], index: int, heard: Sequence[str]) -> Tensor:
         generator = torch.Generator().manual_seed(step_seed(self._seed, index))
-        drawn = self._tiles[torch.from_numpy(chosen)].to(self._device)
+        places = torch.from_numpy(chosen)
+        drawn = self._tiles[places].to(self._device)
         tiles = self._augmentation(drawn, generator).to(memory_format=torch.channels_last)
-        tokens: Tensor = self._model.path_encoder(tiles)
-        return tokens
+        said = {key: self._train.features[key][places] for key in heard}
+        return self._model.tile_tokens(tiles, said)
 
     def _draw_mode(self, rng: np.random.Generator) -> Mode:
         drawn = rng.random()
@@ -151,7 +161,7 @@ class EpisodicPhase:
     ) -> tuple[Tensor, Tensor]:
         """Return context tokens `(1 | B, T, C)` and their presence `(1 | B,)`."""
         if mode == "bank":
-            bank = self._model.bridge.bank
+            bank = self._model.bridge.bank_context()
             return bank, bank.new_ones(1)
         if mode == "none":
             return self._model.context(None)

@@ -16,6 +16,9 @@ import numpy as np
 import torch
 
 from cdt_runtime.bundle import Bundle
+from cdt_runtime.cache import TokenCache, cache_dir
+from cdt_runtime.encoder_session import bundle_encoders
+from cdt_runtime.encoders import Encoders
 from cdt_runtime.errors import BundleError, DatasetError
 from cdt_runtime.preprocess import Preprocess
 from cdt_runtime.prototypes import FACTS, TENSORS, Prototypes
@@ -24,6 +27,7 @@ from cdt_train.data import LabelledTile, TileDataset, read_dataset
 from cdt_train.data.arrays import CtArrays, TileArrays, load_ct, load_tiles
 from cdt_train.data.dataset import tile_name
 from cdt_train.deployed import shipped_model
+from cdt_train.encoders.chosen import chosen_encoders
 from cdt_train.engine import choose_device
 from cdt_train.episodes import Episode
 from cdt_train.intervals import pooled_over_folds, verdict
@@ -44,7 +48,7 @@ from cdt_train.split_record import SPLIT, SplitRecord, short
 from cdt_train.summary import rows_table
 from cdt_train.trained import load_trained, temperatures_of
 
-SHIPPED = ("with_ct", "without_ct", "wrong_ct", "noise_ct")
+SHIPPED = ("with_ct", "without_ct", "without_encoders", "wrong_ct", "noise_ct")
 """Rows that a bundle can give, too."""
 
 
@@ -61,6 +65,7 @@ class Subject:
         calibration: `learnt_scale`, `fit` and the temperatures.
         split: the tiles that it knows.
         device: where it runs.
+        encoders: foundation encoders that it listens to.
     """
 
     name: str
@@ -71,6 +76,7 @@ class Subject:
     calibration: Mapping[str, Any]
     split: SplitRecord
     device: torch.device
+    encoders: Encoders
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,6 +184,7 @@ def _checkpoint(path: Path) -> Subject:
         trained.calibration,
         SplitRecord.of(trained.info),
         device,
+        chosen_encoders(trained.recipe.model, trained.info.get("encoders", ())),
     )
 
 
@@ -200,6 +207,7 @@ def _bundle(bundle: Bundle) -> Subject:
         {**prototypes.calibration, "fit": prototypes.fit},
         SplitRecord.from_bytes(bundle.read(SPLIT)),
         torch.device("cpu"),
+        bundle_encoders(bundle, "onnxruntime", "auto", TokenCache(cache_dir())),
     )
 
 
@@ -223,7 +231,7 @@ def _read(subject: Subject, data_dir: Path | None, ct_dir: Path | None, layout: 
         raise DatasetError(
             f"{folder}: is not what {subject.name} was trained on any more: give --data-dir"
         )
-    ct, warnings = load_ct(dataset, subject.preprocess, folder, bar)
+    ct, warnings = load_ct(dataset, subject.preprocess, folder, bar, subject.encoders)
     held: set[str] = set()
     if tiles is not None:
         test, reference = tiles
@@ -283,7 +291,9 @@ def _load(
     subject: Subject, dataset: TileDataset, tiles: list[LabelledTile], folder: Path
 ) -> TileArrays:
     """Read some tiles of a data set; groups are numbered over all of it, as training does."""
-    arrays = load_tiles(tiles, dataset.classes, subject.preprocess, folder, bar)
+    arrays = load_tiles(
+        tiles, dataset.classes, subject.preprocess, folder, bar, encoders=subject.encoders
+    )
     number = {patient: group for group, patient in enumerate(_patients(dataset))}
     groups = np.array([number[tile.patient] for tile in tiles], dtype=np.int64)
     return replace(arrays, groups=groups)

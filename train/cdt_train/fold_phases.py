@@ -16,6 +16,7 @@ from cdt_train.contexts import Contexts
 from cdt_train.data.arrays import RGB
 from cdt_train.data.load import LoadedData
 from cdt_train.embed import tile_tokens
+from cdt_train.encoders.chosen import feature_shapes
 from cdt_train.engine import Engine
 from cdt_train.episodic import EpisodeRecipe, EpisodicPhase
 from cdt_train.loop import Run, Schedule, train_phase
@@ -66,6 +67,7 @@ def model_of(recipe: Recipe, channels: int, n_classes: int) -> TransferModel:
         ct_widths=recipe.model.ct_widths,
         bank_size=recipe.model.bank_size,
         seed=recipe.training.seed,
+        **feature_shapes(recipe.model),
     )
 
 
@@ -141,6 +143,7 @@ def train_protonet(
         bank_share=0.0,
         proxy_weight=run.recipe.training.proxy_weight,
         domain_method="none",
+        silence=1.0,
     )
     phase = _episodes(run, model, alone, "ProtoNet, no bridge")
     training = run.recipe.training
@@ -155,13 +158,16 @@ def train_protonet(
 def settle(run: FoldRun, model: TransferModel) -> None:
     """Fix the centre and the axes of the embedding by the training tiles as inference sees them."""
     train, device = run.fold.train, run.engine.device
-    tokens = tile_tokens(model.to(device), train.tiles, device)
+    tokens = tile_tokens(model.to(device), train.tiles, device, train.features)
     labels = torch.from_numpy(train.labels).to(device)
-    model.bridge.centre.settle(tokens.mean(dim=1), labels, run.recipe.training.off_axis)
+    own = model.bridge.of_tile(tokens).mean(dim=1)
+    model.bridge.centre.settle(own, labels, run.recipe.training.off_axis)
     some = run.fold.ct.take(range(min(len(run.fold.ct), SETTLING_CONTEXTS)))
-    contexts = Contexts.encode(model.ct_encoder, some, (), device)
+    contexts = Contexts.encode(model, some, (), device)
     if len(contexts):
-        model.bridge.settle(tokens[:: -(-len(tokens) // SETTLING_TILES)], contexts.tokens)
+        with torch.no_grad():
+            volumes = contexts.of(torch.arange(len(contexts), device=device))
+        model.bridge.settle(tokens[:: -(-len(tokens) // SETTLING_TILES)], volumes)
 
 
 def train_episodes(
@@ -176,6 +182,7 @@ def train_episodes(
         agreement_weight=training.agreement_weight,
         domain_method=training.domain_method,
         domain_weight=training.domain_weight,
+        silence=training.encoder_silence,
     )
     model = started(run, features, ct_encoder)
     phase = _episodes(run, model, recipe, "phase 3 (episodes)", with_ct=run.data.paired)
@@ -205,8 +212,8 @@ def _episodes(
     fold, device = run.fold, run.engine.device
     model.to(device)
     patients = run.data.patients
-    contexts = Contexts.encode(model.ct_encoder, fold.ct, patients, device)
-    everyone = Contexts.encode(model.ct_encoder, run.data.ct, patients, device) if with_ct else None
+    contexts = Contexts.encode(model, fold.ct, patients, device)
+    everyone = Contexts.encode(model, run.data.ct, patients, device) if with_ct else None
     return EpisodicPhase(
         model,
         fold.train,
@@ -248,7 +255,7 @@ def _schedule(run: FoldRun, epochs: int, steps: int) -> Schedule:
         schedule=training.schedule,
         patience=training.patience,
         ema_decay=training.ema_decay,
-        groups=_rates(training.encoder_rate, GATE_RATE if run.data.paired else UNPAIRED_GATE_RATE),
+        groups=_rates(training.encoder_rate, _gate_rate(run)),
         seed=run.seed,
     )
 
@@ -260,6 +267,11 @@ def _encoder_schedule(run: FoldRun, epochs: int) -> Schedule:
         learning_rate=training.encoder_learning_rate,
         groups=None,
     )
+
+
+def _gate_rate(run: FoldRun) -> float:
+    """Fast where there is something to open for: the patient's own CT, or a foundation encoder."""
+    return GATE_RATE if run.data.paired or run.data.tiles.features else UNPAIRED_GATE_RATE
 
 
 def _rates(encoder_rate: float, gate_rate: float) -> Any:

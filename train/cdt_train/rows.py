@@ -25,11 +25,13 @@ from cdt_train.scores import EpisodeScores, score_in_contexts
 ROWS = {
     "with_ct": "with CT",
     "without_ct": "without CT",
+    "without_encoders": "without foundation encoders",
     "wrong_ct": "wrong patient's CT",
     "noise_ct": "noise for CT",
     "context_bank": "context bank for CT",
     "protonet": "ProtoNet, no bridge",
     "frozen_features": "frozen features",
+    "foundation_features": "foundation features alone",
     "untrained_encoder": "untrained encoder",
     "colour_statistics": "colour statistics",
     "permuted_labels": "permuted labels",
@@ -37,6 +39,7 @@ ROWS = {
 CALIBRATED = {
     "with_ct": "with_ct",
     "without_ct": "without_ct",
+    "without_encoders": "without_ct",
     "wrong_ct": "with_ct",
     "noise_ct": "with_ct",
     "context_bank": "with_ct",
@@ -50,7 +53,13 @@ PROBABILISTIC = ("ece", "brier", "nll")
 DIFFERENCES = {
     "with_ct": ("without_ct", "wrong_ct", "noise_ct"),
     "context_bank": ("without_ct",),
-    "without_ct": ("protonet", "frozen_features", "colour_statistics"),
+    "without_ct": (
+        "without_encoders",
+        "protonet",
+        "frozen_features",
+        "foundation_features",
+        "colour_statistics",
+    ),
 }
 
 EVAL_CONTEXTS = 4
@@ -100,14 +109,16 @@ def surroundings(
         return Surroundings((), None, None)
     rng = np.random.default_rng(seed)
     chosen = rng.permutation(len(seen))[:EVAL_CONTEXTS]
-    some = Contexts.encode(model.ct_encoder, seen.take(chosen.tolist()), (), device)
+    some = Contexts.encode(model, seen.take(chosen.tolist()), (), device)
     blank = torch.from_numpy(noise_ct(seen.volumes[:1].numpy(), int(rng.integers(2**31))))
     with torch.no_grad():
         noise = model.context(blank.to(device))
-    own = Contexts.encode(model.ct_encoder, everyone, patients, device) if paired else None
-    return Surroundings([some.one(index) for index in range(len(some))], own, noise)
+        shared = [some.one(index) for index in range(len(some))]
+    own = Contexts.encode(model, everyone, patients, device) if paired else None
+    return Surroundings(shared, own, noise)
 
 
+@torch.no_grad()
 def embed_rows(
     model: TransferModel, tiles: TileArrays, around: Surroundings, seed: int, device: torch.device
 ) -> dict[str, list[Floats]]:
@@ -116,13 +127,16 @@ def embed_rows(
     Returns:
         For each row the embeddings `(n, E)` of each context that its episodes take turns in.
     """
-    tokens = tile_tokens(model, tiles.tiles, device)
+    tokens = tile_tokens(model, tiles.tiles, device, tiles.features)
 
     def embedded(context: tuple[Tensor, Tensor]) -> Floats:
         return embed_tokens(model, tokens, context)
 
-    bank = model.bridge.bank.detach()
+    bank = model.bridge.bank_context().detach()
     found = {"without_ct": [embedded(model.context(None))]}
+    if tiles.features:
+        alone = tile_tokens(model, tiles.tiles, device)
+        found["without_encoders"] = [embed_tokens(model, alone, model.context(None))]
     if around.contexts is not None:
         rng = np.random.default_rng(seed)
         found["with_ct"] = [embedded(around.contexts.of_tiles(tiles.groups))]
@@ -145,10 +159,27 @@ def frozen_rows(
     found = {"colour_statistics": [colour_statistics(tiles.tiles, train.tiles)]}
     for name, model in models.items():
         model.to(device)
-        known = tile_tokens(model, train.tiles, device).mean(dim=1).mean(dim=0)
-        pooled = tile_tokens(model, tiles.tiles, device).mean(dim=1) - known
+        known = _pooled(model, train, device).mean(dim=0)
+        pooled = _pooled(model, tiles, device) - known
         found[name] = [torch.nn.functional.normalize(pooled, dim=1).cpu().numpy()]
+    if tiles.features:
+        found["foundation_features"] = [_foundation(tiles, train)]
     return found
+
+
+def _pooled(model: TransferModel, tiles: TileArrays, device: torch.device) -> Tensor:
+    return model.bridge.of_tile(tile_tokens(model, tiles.tiles, device)).mean(dim=1)
+
+
+def _foundation(tiles: TileArrays, train: TileArrays) -> Floats:
+    """Join what foundation encoders say, each standardised over training tiles, as unit vectors."""
+    parts = []
+    for key, values in tiles.features.items():
+        known, own = train.features[key].flatten(1), values.flatten(1)
+        spread = known.std(dim=0).clamp_min(1e-6)
+        parts.append(torch.nn.functional.normalize((own - known.mean(dim=0)) / spread, dim=1))
+    joined: Floats = torch.nn.functional.normalize(torch.cat(parts, dim=1), dim=1).numpy()
+    return joined
 
 
 def score_rows(

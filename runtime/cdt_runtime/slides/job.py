@@ -247,7 +247,12 @@ def _make(out: Path) -> None:
 def _batches(classifier: FewShotClassifier, plan: Plan, done: int) -> Iterator[Batch]:
     """Read the rest of the tiles ahead of the engine."""
     batches = tile_batches(
-        plan.grid, plan.places[done:], classifier.preprocess, plan.reading, classifier.batch_size
+        plan.grid,
+        plan.places[done:],
+        classifier.preprocess,
+        plan.reading,
+        classifier.batch_size,
+        classifier.encoders,
     )
     with closing(ahead(batches, AHEAD)) as made:
         yield from made
@@ -262,7 +267,7 @@ def _answers(
     ]
     if batch.tiles is None:
         return found
-    chances, _ = classifier.classify(batch.tiles, context)
+    chances, _ = classifier.classify(batch.tiles, context, batch.images)
     blank = [classifier.preprocess.is_blank(tile) for tile in batch.tiles]
     least = classifier.prototypes.min_confidence
     for (row, column), each, empty in zip(batch.places, chances, blank, strict=True):

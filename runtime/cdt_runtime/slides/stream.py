@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cdt_runtime.encoders import Encoders
 from cdt_runtime.errors import TileError, naming
 from cdt_runtime.preprocess import Preprocess
 from cdt_runtime.slides.grid import STRIP, Grid
@@ -16,6 +17,7 @@ from cdt_runtime.slides.regions import Regions
 
 Places = NDArray[np.int64]
 Place = tuple[int, int]
+_Read = tuple[Place, NDArray[Any], dict[str, NDArray[Any]]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,11 +28,13 @@ class Batch:
         places: row and column of each tile that could be read.
         tiles: `(B, M, S, S)`, `B` being the number of places; none where B is 0.
         failures: row, column and reason of each tile that could not.
+        images: the tiles as each foundation encoder takes them, by encoder `(B, ...)`.
     """
 
     places: tuple[Place, ...]
     tiles: NDArray[Any] | None
     failures: tuple[tuple[Place, str], ...]
+    images: Mapping[str, NDArray[Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,12 @@ class Reading:
 
 
 def tile_batches(
-    grid: Grid, places: Places, preprocess: Preprocess, reading: Reading, size: int
+    grid: Grid,
+    places: Places,
+    preprocess: Preprocess,
+    reading: Reading,
+    size: int,
+    encoders: Encoders | None = None,
 ) -> Iterator[Batch]:
     """Read tiles in the order given, `size` of them a batch.
 
@@ -61,11 +70,12 @@ def tile_batches(
         preprocess: of the model.
         reading: of the slide.
         size: tiles of a batch.
+        encoders: foundation encoders that look at them, too.
 
     Raises:
         TileError: the slide's lists of segments are damaged.
     """
-    found: list[tuple[Place, NDArray[Any]]] = []
+    found: list[_Read] = []
     failed: list[tuple[Place, str]] = []
     with naming(reading.name):
         regions = Regions(grid.level, reading.glass)
@@ -73,7 +83,7 @@ def tile_batches(
         for place in decoding_ahead(regions, grid, places):
             try:
                 pixels = _in_order(regions.read(grid.box(*place)), reading.order)
-                found.append((place, preprocess.tile(pixels, reading.bits, name=reading.name)))
+                found.append(_prepared(place, pixels, preprocess, reading, encoders))
             except TileError as error:
                 failed.append((place, str(error)))
             if len(found) + len(failed) == size:
@@ -83,9 +93,26 @@ def tile_batches(
             yield _batch(found, failed)
 
 
-def _batch(found: list[tuple[Place, NDArray[Any]]], failed: list[tuple[Place, str]]) -> Batch:
-    tiles = np.stack([tile for _, tile in found]) if found else None
-    return Batch(tuple(place for place, _ in found), tiles, tuple(failed))
+def _prepared(
+    place: Place,
+    pixels: NDArray[Any],
+    preprocess: Preprocess,
+    reading: Reading,
+    encoders: Encoders | None,
+) -> _Read:
+    tile = preprocess.tile(pixels, reading.bits, name=reading.name)
+    if encoders is None or not encoders.see_tiles:
+        return place, tile, {}
+    images = encoders.images(pixels, reading.bits, preprocess.channels, reading.name)
+    return place, tile, images
+
+
+def _batch(found: list[_Read], failed: list[tuple[Place, str]]) -> Batch:
+    places = tuple(place for place, _, _ in found)
+    if not found:
+        return Batch(places, None, tuple(failed))
+    images = {key: np.stack([seen[key] for _, _, seen in found]) for key in found[0][2]}
+    return Batch(places, np.stack([tile for _, tile, _ in found]), tuple(failed), images)
 
 
 def decoding_ahead(regions: Regions, grid: Grid, places: Places) -> Iterator[Place]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cdt_runtime.ct import Volume, read_series
-from cdt_runtime.errors import CdtError, DatasetError
+from cdt_runtime.encoders import Encoders
+from cdt_runtime.errors import CdtError, DatasetError, TileError
 from cdt_runtime.markers import MARKERS
 from cdt_runtime.preprocess import Preprocess, area_resize
 from cdt_runtime.tile import Tile, match_channels, read_tile
@@ -50,6 +51,7 @@ class TileArrays:
         sha256: hash of each tile's file, or pixels.
         split: where the data set puts each: "train", "val", "test" or a fold's number; None where
             it does not say.
+        features: by foundation encoder `(n, X, W)` float32.
     """
 
     tiles: Tensor
@@ -59,6 +61,7 @@ class TileArrays:
     names: tuple[str, ...]
     sha256: tuple[str, ...]
     split: tuple[str, ...] | None = None
+    features: Mapping[str, Tensor] = field(default_factory=dict)
 
     def take(self, chosen: NDArray[np.int64]) -> TileArrays:
         """Return the chosen tiles, in that order."""
@@ -70,6 +73,7 @@ class TileArrays:
             names=tuple(self.names[i] for i in chosen),
             sha256=tuple(self.sha256[i] for i in chosen),
             split=None if self.split is None else tuple(self.split[i] for i in chosen),
+            features=_taken(self.features, torch.from_numpy(chosen)),
         )
 
     def __len__(self) -> int:
@@ -86,12 +90,14 @@ class CtArrays:
         sha256: hash of each series.
         fine: HU of each, int16 `(D, H, W)` of its own size in voxels of 2 mm: its middle, at most
             200 voxels on an axis.
+        features: by foundation encoder `(n, X, W)` float32.
     """
 
     volumes: Tensor
     patients: tuple[str, ...]
     sha256: tuple[str, ...]
     fine: tuple[Tensor, ...]
+    features: Mapping[str, Tensor] = field(default_factory=dict)
 
     def without(self, patients: Iterable[str]) -> CtArrays:
         """Return the volumes of all other patients."""
@@ -100,11 +106,13 @@ class CtArrays:
 
     def take(self, chosen: Sequence[int]) -> CtArrays:
         """Return the chosen volumes, in that order."""
+        places = torch.tensor(chosen, dtype=torch.int64)
         return CtArrays(
-            self.volumes[torch.tensor(chosen, dtype=torch.int64)],
+            self.volumes[places],
             tuple(self.patients[i] for i in chosen),
             tuple(self.sha256[i] for i in chosen),
             tuple(self.fine[i] for i in chosen),
+            _taken(self.features, places),
         )
 
     def __len__(self) -> int:
@@ -200,6 +208,7 @@ def load_tiles(
     progress: Progress[LabelledTile],
     *,
     keep_blank: bool = False,
+    encoders: Encoders | None = None,
 ) -> TileArrays:
     """Read and preprocess tiles.
 
@@ -210,12 +219,13 @@ def load_tiles(
         data_dir: that the tiles are named below.
         progress: shows a bar.
         keep_blank: take tiles that show no tissue, on which a deployed classifier abstains.
+        encoders: foundation encoders that look at each tile, too.
 
     Raises:
         DatasetError: a tile can't be used, or shows no tissue; the line names it.
     """
     stacked = np.empty((len(tiles), *preprocess.tile_shape), dtype=preprocess.tile_dtype)
-    hashes = []
+    hashes, said = [], []
     for tile, slot in zip(progress(tiles, "reading tiles"), stacked, strict=True):
         found = _read(tile, data_dir)
         name = tile_name(tile, data_dir)
@@ -223,6 +233,7 @@ def load_tiles(
         if not keep_blank and preprocess.is_blank(slot):
             raise DatasetError(f"{name}: shows no tissue (every channel is flat): leave it out")
         hashes.append(found.sha256)
+        said.append(_said_of(found, encoders, name))
     _refuse_twins(tiles, hashes, data_dir)
     of_class = {name: number for number, name in enumerate(classes)}
     of_patient = {name: i for i, name in enumerate(sorted({tile.patient for tile in tiles}))}
@@ -235,7 +246,29 @@ def load_tiles(
         names=tuple(tile_name(tile, data_dir) for tile in tiles),
         sha256=tuple(hashes),
         split=tuple(splits) if len(splits) == len(tiles) else None,
+        features=_stacked(said),
     )
+
+
+def _said_of(tile: Tile, encoders: Encoders | None, name: str) -> dict[str, NDArray[np.float32]]:
+    """What foundation encoders say of a tile."""
+    if encoders is None or not encoders.see_tiles:
+        return {}
+    try:
+        return encoders.of_tile(
+            tile.sha256, lambda: encoders.images(tile.pixels, tile.bits, tile.channels, name)
+        )
+    except TileError as error:
+        raise DatasetError(str(error)) from error
+
+
+def _stacked(said: Sequence[Mapping[str, NDArray[np.float32]]]) -> dict[str, Tensor]:
+    keys = said[0] if said else {}
+    return {key: torch.from_numpy(np.stack([one[key] for one in said])) for key in keys}
+
+
+def _taken(features: Mapping[str, Tensor], places: Tensor) -> dict[str, Tensor]:
+    return {key: values[places] for key, values in features.items()}
 
 
 def _tile_input(found: Tile, preprocess: Preprocess, name: str) -> NDArray[Any]:
@@ -254,7 +287,11 @@ def _tile_input(found: Tile, preprocess: Preprocess, name: str) -> NDArray[Any]:
 
 
 def load_ct(
-    dataset: TileDataset, preprocess: Preprocess, data_dir: Path, progress: Progress[int]
+    dataset: TileDataset,
+    preprocess: Preprocess,
+    data_dir: Path,
+    progress: Progress[int],
+    encoders: Encoders | None = None,
 ) -> tuple[CtArrays, tuple[str, ...]]:
     """Read and preprocess every CT series that can be used.
 
@@ -267,7 +304,7 @@ def load_ct(
     Raises:
         DatasetError: there are series, and none can be used.
     """
-    volumes, fine, patients, hashes, warnings = [], [], [], [], []
+    volumes, fine, patients, hashes, warnings, said = [], [], [], [], [], []
     for index in progress(range(len(dataset.ct)), "reading CT"):
         series = dataset.ct[index]
         name = series.name or name_below(series.path, data_dir)
@@ -284,10 +321,16 @@ def load_ct(
         fine.append(fine_volume(volume))
         patients.append(series.patient)
         hashes.append(volume.series_hash)
+        said.append(_said_of_ct(volume, encoders))
     if dataset.ct and not volumes:
         raise DatasetError(f"no CT series can be used; {warnings[0]}")
     stacked = torch.stack(volumes) if volumes else torch.empty((0, *preprocess.ct_shape[1:]))
-    return CtArrays(stacked, tuple(patients), tuple(hashes), tuple(fine)), tuple(warnings)
+    arrays = CtArrays(stacked, tuple(patients), tuple(hashes), tuple(fine), _stacked(said))
+    return arrays, tuple(warnings)
+
+
+def _said_of_ct(volume: Volume, encoders: Encoders | None) -> dict[str, NDArray[np.float32]]:
+    return encoders.of_volume(volume.series_hash, lambda: volume) if encoders else {}
 
 
 def fine_volume(volume: Volume) -> Tensor:

@@ -7,7 +7,7 @@ called: the list of encoders must come up in an instant.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,3 +35,10 @@ class Entry:
     random: Callable[[EncoderCard], nn.Module]
     load: Callable[[Path, EncoderCard], nn.Module]
     file: str = "*.safetensors"
+
+
+def random_card(entry: Entry, *, tiny: bool, seed: int) -> EncoderCard:
+    """Return the card of an encoder with random weights, marked as such."""
+    card = entry.tiny if tiny else entry.card
+    identity = f"random-weights-{seed}{'-tiny' if tiny else ''}"
+    return replace(card, origin="random-weights", weights_sha256=identity, verified="random")

@@ -7,14 +7,14 @@ as it is.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from cdt_runtime.encoder_card import EncoderCard
-from cdt_train.encoders.entry import Entry
+from cdt_train.encoders.entry import Entry, random_card
 
 BATCH = 8
 
@@ -60,13 +60,11 @@ class FoundationEncoder:
 
 def made_random(entry: Entry, *, tiny: bool, seed: int) -> FoundationEncoder:
     """Make an encoder with random weights, marked as such; it knows nothing."""
-    card = entry.tiny if tiny else entry.card
+    card = random_card(entry, tiny=tiny, seed=seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         module = entry.random(card)
-    identity = f"random-weights-{seed}{'-tiny' if tiny else ''}"
-    marked = replace(card, origin="random-weights", weights_sha256=identity, verified="random")
-    return FoundationEncoder(marked, frozen(module))
+    return FoundationEncoder(card, frozen(module))
 
 
 def frozen(module: nn.Module) -> nn.Module:

@@ -15,8 +15,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cdt_runtime.encoder_card import EncoderCard
 from cdt_runtime.errors import RecipeError
-from cdt_train.encoders.entry import Entry
+from cdt_train.encoders.entry import Entry, random_card
 from cdt_train.encoders.look_up import require_weights, weights_identity
 
 if TYPE_CHECKING:
@@ -64,6 +65,23 @@ def load_encoder(
     if weights == TINY_RANDOM:
         return made_random(entry, tiny=True, seed=seed)
     path = require_weights(entry, Path(weights) if weights else None, allow_network=allow_network)
-    module = frozen(entry.load(path, entry.card))
-    card = replace(entry.card, origin="weights", weights_sha256=weights_identity(path))
-    return FoundationEncoder(card, module)
+    return FoundationEncoder(_with_weights(entry, path), frozen(entry.load(path, entry.card)))
+
+
+def identified(
+    key: str, weights: str | Path | None = None, *, allow_network: bool = False, seed: int = 0
+) -> EncoderCard:
+    """Return the card that `load_encoder` would give, without loading anything heavy.
+
+    Raises:
+        CdtError: as `load_encoder` does.
+    """
+    entry = entry_of(key)
+    if weights == TINY_RANDOM:
+        return random_card(entry, tiny=True, seed=seed)
+    path = require_weights(entry, Path(weights) if weights else None, allow_network=allow_network)
+    return _with_weights(entry, path)
+
+
+def _with_weights(entry: Entry, path: Path) -> EncoderCard:
+    return replace(entry.card, origin="weights", weights_sha256=weights_identity(path))

@@ -14,8 +14,10 @@ HIDDEN = -1e4
 class Bridge(nn.Module):
     """Gated residual cross-attention from a tile to its context, then the embedding.
 
-    The context is the patient's CT and, where there are any, tokens of foundation encoders. Each
-    scale of the tile and of the CT has a learnt embedding, so that attention can tell them apart.
+    The context is the patient's CT and, where there are any, tokens of foundation encoders: those
+    that looked at the tile follow its tokens, those that looked at the CT follow the CT's, and a
+    token of zeros is one that is not there. Each scale of the tile and of the CT, and the
+    foundation tokens, have a learnt embedding, so that attention can tell them apart.
     The gate starts at zero and the residual is multiplied by the context's presence, so that with
     a closed gate or without context the embedding is exactly, bit for bit, that of the tile alone.
     A null key of value zero lets a tile look away. What all tiles draw alike is taken off the
@@ -28,6 +30,8 @@ class Bridge(nn.Module):
         bank_size: tokens of the context bank, a multiple of `ct_scales`.
         tile_scales: scales among the tile tokens, as many tokens of each.
         ct_scales: scales among the CT tokens, as many tokens of each.
+        tile_extras: tokens of foundation encoders behind the tile's own.
+        ct_extras: the same behind the CT's.
 
     Attributes:
         bank: `(1, bank_size, C)`, a learnt context that may stand in for a missing CT.
@@ -41,6 +45,8 @@ class Bridge(nn.Module):
         bank_size: int = 16,
         tile_scales: int = 2,
         ct_scales: int = 2,
+        tile_extras: int = 0,
+        ct_extras: int = 0,
     ) -> None:
         super().__init__()
         self.num_heads = num_heads
@@ -50,6 +56,7 @@ class Bridge(nn.Module):
         self.output = nn.Linear(feature_dim, feature_dim)
         self.tile_scale = nn.Parameter(0.02 * torch.randn(tile_scales, feature_dim))
         self.ct_scale = nn.Parameter(0.02 * torch.randn(ct_scales, feature_dim))
+        self.tile_extras, self.ct_extras = tile_extras, ct_extras
         self.extra_type = nn.Parameter(0.02 * torch.randn(feature_dim))
         self.null_key = nn.Parameter(torch.zeros(1, 1, feature_dim))
         self.bank = nn.Parameter(torch.randn(1, bank_size, feature_dim))
@@ -57,49 +64,59 @@ class Bridge(nn.Module):
         self.centre = Centre(feature_dim, n_classes - 1)
         self.offset = Offset(feature_dim)
 
-    def forward(
-        self,
-        tile_tokens: Tensor,
-        ct_tokens: Tensor,
-        ct_present: Tensor,
-        extra_tokens: Tensor | None = None,
-        extra_present: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, tile_tokens: Tensor, ct_tokens: Tensor, ct_present: Tensor) -> Tensor:
         """Embed tiles in their context.
 
         Args:
-            tile_tokens: `(B, N, C)`.
-            ct_tokens: `(1, T, C)`, shared by the batch, or `(B, T, C)`; zeros where there is none.
+            tile_tokens: `(B, N, C)`, then `tile_extras`.
+            ct_tokens: `(1, T, C)`, shared by the batch, or `(B, T, C)`, then `ct_extras`; zeros
+                where there is none.
             ct_present: `(1,)` or `(B,)`, 1 with a CT and 0 without.
-            extra_tokens: `(1, X, C)` or `(B, X, C)` tokens of foundation encoders, or None.
-            extra_present: which of them are there, `(1, X)` or `(B, X)`, 1 or 0; None for all.
 
         Returns:
             `(B, E)` float32 unit vectors, E = C.
         """
-        if extra_tokens is None:
-            return self.combine(tile_tokens, self.residual(tile_tokens, ct_tokens), ct_present)
-        there = torch.ones_like(extra_tokens[..., 0]) if extra_present is None else extra_present
-        residual = self._residual_with(tile_tokens, ct_tokens, ct_present, extra_tokens, there)
-        return self.combine(tile_tokens, residual, torch.maximum(ct_present, there.amax(dim=-1)))
+        residual = self.residual(tile_tokens, ct_tokens, ct_present)
+        return self.combine(tile_tokens, residual, ct_present)
 
-    def residual(self, tile_tokens: Tensor, ct_tokens: Tensor) -> Tensor:
-        """What the tiles draw from the CT, before the gate; `(B, E)` float32."""
-        return self._drawn(tile_tokens, self._scaled(ct_tokens, self.ct_scale), None)
+    def residual(self, tile_tokens: Tensor, ct_tokens: Tensor, ct_present: Tensor) -> Tensor:
+        """What the tiles draw from their context, before the gate; `(B, E)` float32."""
+        return self._drawn(
+            self.of_tile(tile_tokens), *self._memory(tile_tokens, ct_tokens, ct_present)
+        )
 
-    def combine(self, tile_tokens: Tensor, residual: Tensor, present: Tensor) -> Tensor:
+    def combine(self, tile_tokens: Tensor, residual: Tensor, ct_present: Tensor) -> Tensor:
         """Add the gated residual to the pooled tile tokens; unit vectors `(B, E)`."""
-        pooled = tile_tokens.float().mean(dim=1)
-        gate = torch.tanh(self.gate.float()) * present.float().reshape(-1, 1)
+        pooled = self.of_tile(tile_tokens).float().mean(dim=1)
+        present = ct_present.float().reshape(-1, 1)
+        if self.tile_extras:
+            present = torch.maximum(present, _there(self._behind_tile(tile_tokens)).amax(1, True))
+        gate = torch.tanh(self.gate.float()) * present
         return unit_length(self.centre(pooled + gate * self.offset(residual)))
 
+    def of_tile(self, tile_tokens: Tensor) -> Tensor:
+        """Return the tile's own tokens, without those of foundation encoders; `(B, N, C)`."""
+        return tile_tokens[:, : tile_tokens.shape[1] - self.tile_extras]
+
+    def of_ct(self, ct_tokens: Tensor) -> Tensor:
+        """Return the CT's own tokens, without those of foundation encoders; `(1 | B, T, C)`."""
+        return ct_tokens[:, : ct_tokens.shape[1] - self.ct_extras]
+
+    def bank_context(self) -> Tensor:
+        """Return the bank as CT tokens, with no foundation encoder behind it."""
+        if not self.ct_extras:
+            return self.bank
+        none = self.bank.new_zeros(1, self.ct_extras, self.bank.shape[2])
+        return torch.cat([self.bank, none], dim=1)
+
     def attention(self, tile_tokens: Tensor, ct_tokens: Tensor) -> Tensor:
-        """Read out where each tile token looks.
+        """Read out where each tile token looks, among the tokens of the CT alone.
 
         Returns:
             `(B, H, N, T + 1)` weights that sum to 1; the last is the look away.
         """
-        return self._weights(tile_tokens, self._scaled(ct_tokens, self.ct_scale), None)
+        memory = self._scaled(self.of_ct(ct_tokens), self.ct_scale)
+        return self._weights(self.of_tile(tile_tokens), memory, None)
 
     def projected(self, tile_tokens: Tensor, ct_tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Bring both sides into the space where they meet; domain alignment works on these.
@@ -110,24 +127,37 @@ class Bridge(nn.Module):
         Returns:
             `(B, N, C)` of the tiles and `(1, T, C)` of the CT.
         """
-        return self.query(tile_tokens.detach()), self.key(ct_tokens.detach())
+        tiles, ct = self.of_tile(tile_tokens), self.of_ct(ct_tokens)
+        return self.query(tiles.detach()), self.key(ct.detach())
 
     @torch.no_grad()
     def settle(self, tile_tokens: Tensor, ct_tokens: Tensor) -> None:
         """Take the mean of the residual from training tiles `(n, N, C)` with CT `(A, T, C)`."""
-        drawn = [self.residual(tile_tokens, ct).mean(dim=0) for ct in torch.split(ct_tokens, 1)]
+        there = ct_tokens.new_ones(1)
+        drawn = [
+            self.residual(tile_tokens, ct, there).mean(dim=0) for ct in torch.split(ct_tokens, 1)
+        ]
         self.offset.mean.copy_(torch.stack(drawn).mean(dim=0))
 
-    def _residual_with(
-        self, tiles: Tensor, ct: Tensor, ct_present: Tensor, extra: Tensor, there: Tensor
-    ) -> Tensor:
-        memory, seen = self._scaled(ct, self.ct_scale), ct_present.reshape(-1, 1)
-        batch = max(len(ct), len(extra), len(ct_present), len(there))
-        parts = [memory, extra + self.extra_type]
-        masks = [seen.expand(-1, ct.shape[1]), there]
-        keys = torch.cat([part.expand(batch, -1, -1) for part in parts], dim=1)
-        shown = torch.cat([mask.expand(batch, -1) for mask in masks], dim=1)
-        return self._drawn(tiles, keys, (1.0 - shown) * HIDDEN)
+    def _memory(
+        self, tile_tokens: Tensor, ct_tokens: Tensor, ct_present: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return what the tile looks at, `(1 | B, X, C)`, and what is added to its scores."""
+        ct = self.of_ct(ct_tokens)
+        parts = [self._scaled(ct, self.ct_scale)]
+        if not (self.tile_extras or self.ct_extras):
+            return parts[0], None
+        shown = [ct_present.to(ct.dtype).reshape(-1, 1).expand(-1, ct.shape[1])]
+        for extra in (ct_tokens[:, ct.shape[1] :], self._behind_tile(tile_tokens)):
+            parts.append(extra + self.extra_type)
+            shown.append(_there(extra).to(ct.dtype))
+        batch = len(tile_tokens)
+        memory = torch.cat([part.expand(batch, -1, -1) for part in parts], dim=1)
+        seen = torch.cat([mask.expand(batch, -1) for mask in shown], dim=1)
+        return memory, (1.0 - seen) * HIDDEN
+
+    def _behind_tile(self, tile_tokens: Tensor) -> Tensor:
+        return tile_tokens[:, tile_tokens.shape[1] - self.tile_extras :]
 
     def _drawn(self, tile_tokens: Tensor, memory: Tensor, mask: Tensor | None) -> Tensor:
         values = self.value(memory)
@@ -155,3 +185,8 @@ class Bridge(nn.Module):
     def _heads(self, tokens: Tensor) -> Tensor:
         batch, count, width = tokens.shape
         return tokens.reshape(batch, count, self.num_heads, width // self.num_heads).transpose(1, 2)
+
+
+def _there(tokens: Tensor) -> Tensor:
+    """Tell which tokens are there, `(B, X)`: 1, or 0 for one of zeros."""
+    return (tokens.abs().amax(dim=-1) > 0).float()

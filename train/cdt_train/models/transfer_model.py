@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from cdt_train.encoders.conv2d import PathEncoder
 from cdt_train.encoders.conv3d import CtEncoder
 from cdt_train.models.bridge import Bridge
 from cdt_train.models.domain import DomainDiscriminator
+from cdt_train.models.features import FeatureTokens, Shapes
 from cdt_train.models.prototypical import PrototypicalHead
 
 
@@ -25,6 +26,8 @@ class TransferModel(nn.Module):
         discriminator: for domain alignment.
         classifier: a linear layer over the training classes; its loss teaches the tile encoder
             much faster than episodes alone.
+        tile_features: brings what foundation encoders say of a tile to tokens; of none by default.
+        ct_features: the same of a CT.
     """
 
     def __init__(
@@ -35,6 +38,8 @@ class TransferModel(nn.Module):
         head: PrototypicalHead,
         discriminator: DomainDiscriminator,
         classifier: nn.Linear,
+        tile_features: FeatureTokens | None = None,
+        ct_features: FeatureTokens | None = None,
     ) -> None:
         super().__init__()
         self.ct_encoder = ct_encoder
@@ -43,20 +48,49 @@ class TransferModel(nn.Module):
         self.head = head
         self.discriminator = discriminator
         self.classifier = classifier
+        self.tile_features = tile_features or FeatureTokens({}, 0)
+        self.ct_features = ct_features or FeatureTokens({}, 0)
 
-    def context(self, ct: Tensor | None) -> tuple[Tensor, Tensor]:
+    def tile_tokens(self, tiles: Tensor, features: Mapping[str, Tensor]) -> Tensor:
+        """Encode tiles.
+
+        Args:
+            tiles: `(B, M, S, S)`.
+            features: by foundation encoder `(B, X, W)`; one that is missing counts as silent.
+
+        Returns:
+            `(B, N, C)`, then the tokens of foundation encoders.
+        """
+        return _joined(self.path_encoder(tiles), self.tile_features, features)
+
+    def context(
+        self, ct: Tensor | None, features: Mapping[str, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Encode a CT, or stand in for none.
 
         Args:
             ct: `(A, W, D, S, S)` or None.
+            features: by foundation encoder `(A, X, W)`.
 
         Returns:
-            CT tokens `(A, T, C)` and presence `(A,)`; for None one stand-in that is not present.
+            CT tokens `(A, T, C)`, then those of foundation encoders, and presence `(A,)`; for None
+            one stand-in that is not present.
         """
         like = self.head.log_scale
         if ct is None:
-            return torch.zeros_like(self.bridge.bank), like.new_zeros(1)
-        return self.ct_encoder(ct), like.new_ones(len(ct))
+            return torch.zeros_like(self.bridge.bank_context()), like.new_zeros(1)
+        return self.ct_tokens(ct, features or {}), like.new_ones(len(ct))
+
+    def ct_tokens(self, ct: Tensor, features: Mapping[str, Tensor]) -> Tensor:
+        """Encode volumes `(A, W, D, S, S)`, and behind them their features, as `context`."""
+        return _joined(self.ct_encoder(ct), self.ct_features, features)
+
+
+def _joined(tokens: Tensor, project: FeatureTokens, features: Mapping[str, Tensor]) -> Tensor:
+    if not project.count:
+        return tokens
+    extra = project(project.flat(features, tokens))
+    return torch.cat([tokens, extra.to(tokens.dtype)], dim=1)
 
 
 def build_model(
@@ -70,15 +104,27 @@ def build_model(
     ct_widths: Sequence[int],
     bank_size: int,
     seed: int,
+    tile_features: Shapes | None = None,
+    ct_features: Shapes | None = None,
 ) -> TransferModel:
     """Build the model with seeded weights; `ModelRecipe` and `DataRecipe` describe the numbers."""
+    of_tile, of_ct = tile_features or {}, ct_features or {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return TransferModel(
             CtEncoder(windows, ct_widths, feature_dim),
             PathEncoder(channels, path_widths, feature_dim),
-            Bridge(feature_dim, num_heads, n_classes, bank_size),
+            Bridge(
+                feature_dim,
+                num_heads,
+                n_classes,
+                bank_size,
+                tile_extras=sum(count for count, _ in of_tile.values()),
+                ct_extras=sum(count for count, _ in of_ct.values()),
+            ),
             PrototypicalHead(),
             DomainDiscriminator(feature_dim),
             nn.Linear(feature_dim, n_classes),
+            FeatureTokens(of_tile, feature_dim),
+            FeatureTokens(of_ct, feature_dim),
         )

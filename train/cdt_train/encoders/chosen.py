@@ -1,0 +1,97 @@
+"""The foundation encoders that a recipe names, ready to look at tiles and CT."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cdt_runtime.cache import TokenCache, cache_dir
+from cdt_runtime.encoder_card import EncoderCard
+from cdt_runtime.encoder_features import feature_shape
+from cdt_runtime.encoders import Encode, Encoders
+from cdt_runtime.errors import CheckpointError, RecipeError
+from cdt_train.config import ModelRecipe
+from cdt_train.encoders.foundation import FoundationEncoder
+from cdt_train.encoders.registry import TINY_RANDOM, entry_of, identified, load_encoder
+
+Float = NDArray[np.float32]
+HAIDEF = ("medsiglip", "medgemma", "path-foundation")
+
+
+def encoder_keys(recipe: ModelRecipe) -> tuple[str, ...]:
+    """List the encoders of a recipe, each once.
+
+    Raises:
+        RecipeError: weights are given for one that is not among them.
+    """
+    keys = tuple(dict.fromkeys([*(HAIDEF if recipe.use_haidef else ()), *recipe.encoders]))
+    odd = [key for key in recipe.encoder_weights if key not in keys]
+    if odd:
+        raise RecipeError(
+            f"model.encoder_weights: {odd[0]!r} is not among model.encoders: add it there"
+        )
+    return keys
+
+
+def feature_shapes(recipe: ModelRecipe) -> dict[str, dict[str, tuple[int, int]]]:
+    """Return `tile_features` and `ct_features` as `build_model` takes them; nothing is loaded.
+
+    Raises:
+        RecipeError: an encoder is unknown, or looks at neither.
+    """
+    shapes: dict[str, dict[str, tuple[int, int]]] = {"tile_features": {}, "ct_features": {}}
+    for key in encoder_keys(recipe):
+        entry = entry_of(key)
+        card = entry.tiny if recipe.encoder_weights.get(key) == TINY_RANDOM else entry.card
+        if card.modality not in ("tile", "ct"):
+            raise RecipeError(f"model.encoders: {key} looks at {card.modality}, not at tiles or CT")
+        shapes[f"{card.modality}_features"][key] = feature_shape(card)
+    return shapes
+
+
+def chosen_encoders(
+    recipe: ModelRecipe, expected: Sequence[Mapping[str, Any]] | None = None
+) -> Encoders:
+    """Find the encoders of a recipe; each is loaded when something is not in the cache.
+
+    Args:
+        recipe: names them.
+        expected: cards of those that a model was trained with; None where it is to be trained.
+
+    Raises:
+        CheckpointError: weights are missing, or others than the model was trained with.
+        MissingDependencyError: a library that one needs is not installed.
+    """
+    cards = [_card(recipe, key) for key in encoder_keys(recipe)]
+    known = {one["key"]: one["weights_sha256"] for one in expected or ()}
+    for card in cards:
+        if expected is not None and known.get(card.key) != card.weights_sha256:
+            raise CheckpointError(
+                f"encoder {card.key}: its weights are not those that the model was trained with: "
+                f"give them with model.encoder_weights, or ${{CDT_WEIGHTS}}/{card.key}"
+            )
+    return Encoders(cards, lambda card: _opened(recipe, card), TokenCache(cache_dir()))
+
+
+def _card(recipe: ModelRecipe, key: str) -> EncoderCard:
+    given = recipe.encoder_weights.get(key)
+    return identified(key, given, allow_network=recipe.allow_download)
+
+
+def _opened(recipe: ModelRecipe, card: EncoderCard) -> Encode:
+    given = recipe.encoder_weights.get(card.key)
+    return as_encode(load_encoder(card.key, given, allow_network=recipe.allow_download))
+
+
+def as_encode(encoder: FoundationEncoder) -> Encode:
+    """Let a PyTorch encoder take and give numpy arrays."""
+    import torch
+
+    def encode(images: Float) -> tuple[Float, Float | None]:
+        found = encoder.encode(torch.from_numpy(images))
+        return found.embedding.numpy(), None if found.tokens is None else found.tokens.numpy()
+
+    return encode
