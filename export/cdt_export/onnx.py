@@ -45,7 +45,7 @@ def to_onnx(graph: Graph, *, fp16: bool) -> bytes:
         {axis: torch.export.Dim(label) for axis, label in graph.dynamic.get(name, {}).items()}
         for name in names
     )
-    with _quiet():
+    with quiet_exporter():
         program = torch.onnx.export(
             module.eval(),
             arguments,
@@ -58,7 +58,7 @@ def to_onnx(graph: Graph, *, fp16: bool) -> bytes:
         )
     assert program is not None  # the exporter raises on failure
     model = program.model_proto
-    _strip_notes(model)
+    strip_notes(model)
     _cast_first(model)
     data: bytes = model.SerializeToString()
     return data
@@ -94,7 +94,7 @@ def describe(graph: Graph, outputs: dict[str, Tensor], precision: str) -> dict[s
     }
 
 
-def _strip_notes(model: Any) -> None:
+def strip_notes(model: Any) -> None:
     """Remove the exporter's stack traces: they name files of the machine that exported."""
     del model.metadata_props[:]
     for function in model.functions:
@@ -127,7 +127,7 @@ def _cast_first(model: Any) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_exporter() -> Iterator[None]:
     """Silence the exporter's notes to its own developers."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level

@@ -50,7 +50,8 @@ class FoundationEncoder:
         Args:
             images: `(B, ...)` float32, each as `encoder_input` makes it.
         """
-        device = next(self.module.parameters()).device
+        own = next(self.module.parameters(), None)
+        device = torch.device("cpu") if own is None else own.device
         parts = [self.module(batch.to(device)) for batch in torch.split(images, BATCH)]
         embedding = torch.cat([part[0].float().cpu() for part in parts])
         if self.card.token_dim is None:

@@ -17,13 +17,18 @@ from typing import TYPE_CHECKING
 
 from cdt_runtime.encoder_card import EncoderCard
 from cdt_runtime.errors import RecipeError
+from cdt_train.encoders import medgemma, medsiglip, path_foundation
 from cdt_train.encoders.entry import Entry, random_card
 from cdt_train.encoders.look_up import require_weights, weights_identity
 
 if TYPE_CHECKING:
     from cdt_train.encoders.foundation import FoundationEncoder
 
-_ENTRIES: tuple[Entry, ...] = ()
+_ENTRIES: tuple[Entry, ...] = (
+    medsiglip.ENTRY,
+    medgemma.ENTRY,
+    path_foundation.ENTRY,
+)
 ENCODERS: dict[str, Entry] = {entry.card.key: entry for entry in _ENTRIES}
 
 TINY_RANDOM = "tiny-random"

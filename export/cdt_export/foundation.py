@@ -1,0 +1,216 @@
+"""Foundation encoders to ONNX, in fewer bits where that is asked for, and what it costs."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from cdt_export.onnx import OPSET, quiet_exporter, strip_notes
+from cdt_export.weight_only import Coverage, Quantize, quantise
+from cdt_runtime.backends import open_session
+from cdt_runtime.encoder_card import EncoderCard, InputSpec
+from cdt_runtime.errors import ExportError
+from cdt_train.encoders.foundation import FoundationEncoder
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+OPTIMUM = ("siglip_vision_model", "dinov2", "vit")
+"""Architectures whose export optimum describes."""
+
+LEAST_COSINE = {"none": 0.99999, "fp16": 0.9999, "int8": 0.999, "int8-qdq": 0.99, "int4": 0.95}
+"""Least cosine of an embedding with PyTorch's; `nf4` as `int4`."""
+
+LIMIT = 2**31 - 1
+"""Bytes that a single ONNX file can hold."""
+
+TRIALS = 4
+"""Images of noise that an export is compared on."""
+
+NOTICE = (
+    "{title}\nsource: {source}\nlicence: {licence}\n{licence_url}\nweights: {origin}\n\n"
+    "This graph is derived from those weights: the licence holds for it, too. Under the terms of "
+    "Health AI Developer Foundations handing on a derivative is distribution.\n"
+)
+
+
+@dataclass(frozen=True, eq=False)
+class ExportedEncoder:
+    """An encoder as a bundle ships it.
+
+    Attributes:
+        onnx: graph from `images` to `embedding` and, where it gives them, `tokens`.
+        card: with origin and identity of the weights.
+        report: what was covered and what it cost, for JSON.
+    """
+
+    onnx: bytes
+    card: EncoderCard
+    report: dict[str, Any]
+
+    @property
+    def notice(self) -> str:
+        """What has to go with it."""
+        return NOTICE.format(**asdict(self.card))
+
+
+def export_encoder(encoder: FoundationEncoder, method: Quantize = "none") -> ExportedEncoder:
+    """Export an encoder and compare it with PyTorch.
+
+    Args:
+        encoder: as `load_encoder` gives it.
+        method: how its weights are kept.
+
+    Raises:
+        ExportError: too little is covered, it is too large for one file, answers do not hang on
+            the image, or are too far from PyTorch's.
+    """
+    import onnx
+
+    images = trial_images(encoder.card.input)
+    expected = encoder.encode(torch.from_numpy(images))
+    _require_difference(encoder.card, expected.embedding.numpy())
+    way, plain = _exported(encoder)
+    before = len(plain)
+    coverage = Coverage(0.0, 0.0)
+    data = plain
+    if method != "none":
+        made, coverage = quantise(onnx.load_from_string(plain), method)
+        data = made.SerializeToString()
+    found = open_session("onnxruntime", data).run({"images": images})
+    figures = compared(expected.embedding.numpy(), found["embedding"])
+    least = LEAST_COSINE.get(method, LEAST_COSINE["int4"])
+    if not figures["min_cosine"] >= least:
+        raise ExportError(
+            f"encoder {encoder.card.key}: in {method} its embeddings have a cosine of "
+            f"{figures['min_cosine']:.4f} with PyTorch's, at least {least} is expected: take "
+            f"another --quantize"
+        )
+    report = {
+        "encoder": encoder.card.key,
+        "origin": encoder.card.origin,
+        "exported_by": way,
+        "quantize": method,
+        "bytes": len(data),
+        "bytes_before": before,
+        "nodes_covered": coverage.nodes,
+        "bytes_covered": coverage.bytes,
+        "embedding": figures,
+    }
+    if expected.tokens is not None:
+        report["tokens"] = compared(expected.tokens.flatten(1).numpy(), found["tokens"])
+    return ExportedEncoder(data, encoder.card, report)
+
+
+def trial_images(spec: InputSpec) -> NDArray[np.float32]:
+    """Make smooth noise in the range of prepared images, `(TRIALS, ...)`."""
+    rng = np.random.default_rng(0)
+    coarse = rng.random((TRIALS, 3, 8, 8)).astype(np.float32)
+    fine = torch.nn.functional.interpolate(
+        torch.from_numpy(coarse), size=(spec.size, spec.size), mode="bilinear"
+    ).numpy()
+    shape = (1, 3, 1, 1)
+    made = (fine - np.reshape(spec.mean, shape)) / np.reshape(spec.std, shape)
+    ordered = made.transpose(0, 2, 3, 1) if spec.layout == "NHWC" else made
+    return np.ascontiguousarray(ordered, dtype=np.float32)
+
+
+def compared(expected: NDArray[Any], found: NDArray[Any]) -> dict[str, float]:
+    """Return least and mean cosine of the rows, and the largest difference."""
+    first = expected.reshape(len(expected), -1).astype(np.float64)
+    second = found.reshape(len(expected), -1).astype(np.float64)
+    norms = np.linalg.norm(first, axis=1) * np.linalg.norm(second, axis=1)
+    cosine = (first * second).sum(axis=1) / np.maximum(norms, 1e-30)
+    return {
+        "min_cosine": float(cosine.min()),
+        "mean_cosine": float(cosine.mean()),
+        "max_error": float(np.abs(first - second).max()),
+    }
+
+
+def _exported(encoder: FoundationEncoder) -> tuple[str, bytes]:
+    """Export in float32, by optimum where it knows the architecture."""
+    module: Any = encoder.module
+    if isinstance(getattr(module, "onnx", None), bytes):
+        return "as it came", module.onnx
+    if _largest(module) > LIMIT:
+        raise ExportError(
+            f"encoder {encoder.card.key}: its weights take {_largest(module) / 2**30:.1f} GiB, one "
+            f"ONNX file holds 2: it can't be shipped in a bundle"
+        )
+    net = getattr(module, "net", None)
+    kind = getattr(getattr(net, "config", None), "model_type", None)
+    if kind in OPTIMUM:
+        return "optimum", _by_optimum(net, kind)
+    return "torch.onnx", _by_torch(encoder)
+
+
+def _largest(module: torch.nn.Module) -> int:
+    return sum(one.numel() * 4 for one in module.state_dict().values())
+
+
+def _by_torch(encoder: FoundationEncoder) -> bytes:
+    batch = torch.export.Dim("batch")
+    names = ["embedding"] if encoder.card.token_dim is None else ["embedding", "tokens"]
+    with quiet_exporter():
+        program = torch.onnx.export(
+            encoder.module,
+            (torch.from_numpy(trial_images(encoder.card.input)),),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=["images"],
+            output_names=names,
+            dynamic_shapes=({0: batch},),
+            verbose=False,
+        )
+    assert program is not None  # the exporter raises on failure
+    model = program.model_proto
+    strip_notes(model)
+    data: bytes = model.SerializeToString()
+    return data
+
+
+def _by_optimum(net: Any, kind: str) -> bytes:
+    """Export a model of transformers by optimum's description of it."""
+    import onnx
+    from optimum.exporters.onnx import export
+    from optimum.exporters.tasks import TasksManager
+
+    describe = TasksManager.get_exporter_config_constructor(
+        "onnx", model_type=kind, task="feature-extraction", library_name="transformers"
+    )
+    with tempfile.TemporaryDirectory() as folder, quiet_exporter():
+        path = Path(folder) / "encoder.onnx"
+        export(net, describe(net.config), path, opset=OPSET)
+        model = onnx.load(path)
+    named = {"pixel_values": "images", "pooler_output": "embedding", "last_hidden_state": "tokens"}
+    _rename(model, named)
+    strip_notes(model)
+    data: bytes = model.SerializeToString()
+    return data
+
+
+def _rename(model: ModelProto, names: dict[str, str]) -> None:
+    """Rename inputs and outputs of a graph."""
+    graph = model.graph
+    for value in [*graph.input, *graph.output]:
+        value.name = names.get(value.name, value.name)
+    for node in graph.node:
+        node.input[:] = [names.get(name, name) for name in node.input]
+        node.output[:] = [names.get(name, name) for name in node.output]
+
+
+def _require_difference(card: EncoderCard, embeddings: NDArray[Any]) -> None:
+    """Refuse an encoder that says the same of every image: any comparison would pass."""
+    spread = np.abs(embeddings - embeddings[:1]).max()
+    if not spread > 1e-4 * np.abs(embeddings).max():
+        raise ExportError(
+            f"encoder {card.key}: says the same of every image: its weights are not those of a "
+            f"trained encoder"
+        )

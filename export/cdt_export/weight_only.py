@@ -1,0 +1,225 @@
+"""Weights of an ONNX graph in fewer bits: 8, 4, NF4, or halves.
+
+Matrix products with constant weights hold nearly all of a transformer; those of `Gemm` are written
+as `MatMul` and `Add` first, so that they are covered. Convolutions stay as they are.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
+
+from cdt_runtime.errors import ExportError
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+Quantize = Literal["none", "fp16", "int8", "int8-qdq", "int4", "nf4"]
+METHODS: tuple[Quantize, ...] = get_args(Quantize)
+
+INT8_BLOCK, INT4_BLOCK, NF4_BLOCK = 32, 64, 64
+"""Weights that share a scale; larger blocks save little and lose more."""
+
+NF4 = 1
+"""As ONNX Runtime numbers 4-bit floats: 0 is FP4, 1 NF4."""
+
+LEAST_COVERED = 0.5
+"""Share of the bytes of all weights that must be in fewer bits; else the size hardly changes."""
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How much of a graph is in fewer bits.
+
+    Attributes:
+        nodes: share of its matrix products with constant weights.
+        bytes: share of the bytes of all its weights.
+    """
+
+    nodes: float
+    bytes: float
+
+
+def quantise(model: ModelProto, method: Quantize) -> tuple[ModelProto, Coverage]:
+    """Bring the weights of a graph to fewer bits.
+
+    Args:
+        model: in float32; it may be changed.
+        method: `int8-qdq` writes standard operators, which TensorRT takes; `int8`, `int4` and `nf4`
+            those of ONNX Runtime.
+
+    Raises:
+        ExportError: too little of the graph is covered.
+    """
+    total, products = _weight_bytes(model), _products(split_gemm(model))
+    sizes = {name: weight.nbytes for name, weight in products.items()}
+    if method == "none":
+        return model, Coverage(0.0, 0.0)
+    with _quiet():
+        made = _WAYS[method](model)
+    left = _products(made)
+    done = [name for name in sizes if method == "fp16" or name not in left]
+    coverage = Coverage(
+        len(done) / max(1, len(sizes)), sum(sizes[name] for name in done) / max(1, total)
+    )
+    if not coverage.bytes >= LEAST_COVERED:
+        raise ExportError(
+            f"--quantize {method}: covers {coverage.bytes:.0%} of the weights, at least "
+            f"{LEAST_COVERED:.0%} are expected: export with --quantize none or fp16"
+        )
+    return made, coverage
+
+
+def split_gemm(model: ModelProto) -> ModelProto:
+    """Write each `Gemm` with constant weights as `MatMul` and `Add`, in place."""
+    from onnx import helper, numpy_helper
+
+    graph = model.graph
+    constants = {one.name: one for one in graph.initializer}
+    nodes = []
+    for node in graph.node:
+        options = {one.name: helper.get_attribute_value(one) for one in node.attribute}
+        plain = options.get("alpha", 1.0) == 1.0 and options.get("beta", 1.0) == 1.0
+        if (
+            node.op_type != "Gemm"
+            or not plain
+            or options.get("transA")
+            or node.input[1] not in constants
+        ):
+            nodes.append(node)
+            continue
+        weight = node.input[1]
+        if options.get("transB"):
+            turned = numpy_helper.to_array(constants[weight]).T
+            weight = f"{weight}_turned_{len(nodes)}"
+            graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(turned), weight))
+        biased = len(node.input) > 2 and node.input[2] != ""
+        product = f"{node.output[0]}_product" if biased else node.output[0]
+        nodes.append(
+            helper.make_node("MatMul", [node.input[0], weight], [product], f"{node.name}_mm")
+        )
+        if biased:
+            bias = [product, node.input[2]]
+            nodes.append(helper.make_node("Add", bias, [node.output[0]], f"{node.name}_add"))
+    del graph.node[:]
+    graph.node.extend(nodes)
+    _drop_unused(model)
+    return model
+
+
+def _in_blocks(bits: int, block: int) -> Callable[[ModelProto], ModelProto]:
+    def quantised(model: ModelProto) -> ModelProto:
+        from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+
+        made = MatMulNBitsQuantizer(model, bits=bits, block_size=block, is_symmetric=bits == 8)
+        made.process()
+        result: ModelProto = made.model.model
+        return result
+
+    return quantised
+
+
+def _nf4(model: ModelProto) -> ModelProto:
+    from onnxruntime.quantization.matmul_bnb4_quantizer import MatMulBnb4Quantizer
+
+    made = MatMulBnb4Quantizer(model, NF4, NF4_BLOCK)
+    made.process()
+    result: ModelProto = made.model.model
+    return result
+
+
+def _halves(model: ModelProto) -> ModelProto:
+    """Keep the weights of matrix products as float16; they are computed with in float32."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    graph = model.graph
+    casts = []
+    for name, weight in _products(model).items():
+        kept = numpy_helper.from_array(weight.astype(np.float16), f"{name}_half")
+        graph.initializer.append(kept)
+        casts.append(helper.make_node("Cast", [kept.name], [f"{name}_full"], to=TensorProto.FLOAT))
+        _replace_input(model, name, f"{name}_full")
+    return _with_first(model, casts)
+
+
+def _qdq(model: ModelProto) -> ModelProto:
+    """Keep the weights of matrix products in 8 bits by columns, behind `DequantizeLinear`."""
+    from onnx import helper, numpy_helper
+
+    graph = model.graph
+    unpacked = []
+    for name, weight in _products(model).items():
+        scale = (np.abs(weight).max(axis=0) / 127).clip(min=1e-12).astype(np.float32)
+        steps = np.clip(np.rint(weight / scale), -127, 127).astype(np.int8)
+        zero = np.zeros_like(scale, dtype=np.int8)
+        parts = {"steps": steps, "scale": scale, "zero": zero}
+        for part, values in parts.items():
+            graph.initializer.append(numpy_helper.from_array(values, f"{name}_{part}"))
+        inputs = [f"{name}_{part}" for part in parts]
+        unpacked.append(helper.make_node("DequantizeLinear", inputs, [f"{name}_full"], axis=1))
+        _replace_input(model, name, f"{name}_full")
+    return _with_first(model, unpacked)
+
+
+_WAYS: dict[str, Callable[[Any], Any]] = {
+    "fp16": _halves,
+    "int8": _in_blocks(8, INT8_BLOCK),
+    "int8-qdq": _qdq,
+    "int4": _in_blocks(4, INT4_BLOCK),
+    "nf4": _nf4,
+}
+
+
+def _products(model: ModelProto) -> dict[str, Any]:
+    """Weights, two-dimensional and constant, of matrix products, by name."""
+    from onnx import numpy_helper
+
+    constants = {one.name: one for one in model.graph.initializer if len(one.dims) == 2}
+    named = [node.input[1] for node in model.graph.node if node.op_type == "MatMul"]
+    return {name: numpy_helper.to_array(constants[name]) for name in named if name in constants}
+
+
+def _weight_bytes(model: ModelProto) -> int:
+    from onnx import numpy_helper
+
+    return sum(numpy_helper.to_array(one).nbytes for one in model.graph.initializer)
+
+
+def _replace_input(model: ModelProto, old: str, new: str) -> None:
+    for node in model.graph.node:
+        if node.op_type == "MatMul" and node.input[1] == old:
+            node.input[1] = new
+
+
+def _with_first(model: ModelProto, nodes: list[Any]) -> ModelProto:
+    rest = list(model.graph.node)
+    del model.graph.node[:]
+    model.graph.node.extend([*nodes, *rest])
+    _drop_unused(model)
+    return model
+
+
+def _drop_unused(model: ModelProto) -> None:
+    used = {name for node in model.graph.node for name in node.input}
+    kept = [one for one in model.graph.initializer if one.name in used]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(kept)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the quantisers, which tell of every node and, once imported, let everybody tell."""
+    root = logging.root
+    disabled, level, handlers = root.manager.disable, root.level, root.handlers[:]
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(disabled)
+        root.setLevel(level)
+        root.handlers[:] = handlers
