@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,21 @@ import torch
 from numpy.typing import NDArray
 
 from cdt_export import int8_choice, parity
+from cdt_export.foundation import ExportedEncoder, export_encoder
 from cdt_export.graphs import Graph, build_graphs
 from cdt_export.inputs import TrainingData, open_data, read_calibration, read_tiles
 from cdt_export.int8 import Literal
 from cdt_export.onnx import OPSET, describe, to_onnx
 from cdt_export.parity import HeldOut
+from cdt_export.weight_only import Quantize
 from cdt_runtime import __version__
 from cdt_runtime.backends import Session, open_session
 from cdt_runtime.bundle import Bundle, encoder_identity, write_bundle
+from cdt_runtime.cache import TokenCache
+from cdt_runtime.encoder_card import EncoderCard
+from cdt_runtime.encoder_session import session_encode
+from cdt_runtime.encoders import Encode, Encoders
+from cdt_runtime.errors import ExportError
 from cdt_runtime.golden import (
     ALLOWED,
     GOLDEN,
@@ -31,7 +38,9 @@ from cdt_runtime.golden import (
     golden_outputs,
 )
 from cdt_runtime.prototypes import Prototypes
+from cdt_train.config import ModelRecipe
 from cdt_train.data.arrays import TileArrays
+from cdt_train.encoders.chosen import encoder_keys, load_chosen
 from cdt_train.progress import bar
 from cdt_train.split_record import SPLIT, SplitRecord
 from cdt_train.trained import Trained
@@ -55,7 +64,12 @@ class Parts:
 
 
 def export_bundle(
-    trained: Trained, output: Path, *, precision: str, data_dir: Path | None
+    trained: Trained,
+    output: Path,
+    *,
+    precision: str,
+    data_dir: Path | None,
+    quantize: Quantize = "none",
 ) -> Bundle:
     """Export, prove and write a bundle.
 
@@ -64,38 +78,74 @@ def export_bundle(
         output: folder of the bundle.
         precision: "fp32", "fp16", or "int8" for the encoders that gain by it.
         data_dir: the training data, where it has moved since.
+        quantize: how the weights of foundation encoders are kept.
 
     Raises:
         DatasetError: the training data can't be read again.
         ParityError: the export does not decide as the model; nothing is written.
-        ExportError: no encoder gains by int8; nothing is written.
+        ExportError: no encoder gains by int8, or a foundation encoder can't be exported as asked;
+            nothing is written.
     """
+    listens = bool(trained.info.get("encoders"))
+    if precision == "int8" and listens:
+        raise ExportError(
+            "--int8: not for a model with foundation encoders, whose graphs are most of the work: "
+            "give --quantize int8 for these"
+        )
     data = open_data(trained, data_dir)
     support, held_out = read_tiles(data)
+    eyes = exported_encoders(trained.recipe.model, quantize)
+    shipped = read_tiles(replace(data, encoders=as_shipped(eyes)))[1] if listens else held_out
     graphs = build_graphs(trained.model, trained.preprocess, n_classes=len(support.classes))
     if precision == "int8":
         parts = int8_parts(data, graphs, held_out)
     else:
-        parts = plain_parts(trained, graphs, held_out, precision)
+        parts = plain_parts(trained, graphs, held_out, shipped, precision, quantize)
     sessions = open_all(parts.models)
     compare_golden(parts.golden, _run(sessions), tolerance=ALLOWED[precision], what="the export")
     files = {f"{name}.onnx": model for name, model in parts.models.items()}
     encoder = encoder_identity(files, trained.preprocess)
-    files |= support_prototypes(trained, support, held_out, sessions, encoder).to_files()
+    files |= support_prototypes(trained, support, shipped, sessions, encoder).to_files()
+    for eye in eyes:
+        files |= eye.files
     files |= {SPLIT: SplitRecord.of(trained.info).to_bytes(), GOLDEN: parts.golden}
     facts = {**_facts(trained, graphs, parts.precisions), **parts.facts, "precision": precision}
+    if eyes:
+        facts["encoders"] = [eye.card.to_dict() for eye in eyes]
+        facts["encoder_reports"] = [eye.report for eye in eyes]
+        facts["licences"] |= {
+            eye.card.key: f"{eye.card.licence}, {eye.card.licence_url}" for eye in eyes
+        }
     return write_bundle(output, files, facts)
 
 
-def plain_parts(trained: Trained, graphs: list[Graph], held_out: HeldOut, precision: str) -> Parts:
+def plain_parts(
+    trained: Trained,
+    graphs: list[Graph],
+    held_out: HeldOut,
+    shipped: HeldOut,
+    precision: str,
+    quantize: Quantize,
+) -> Parts:
     """Export all graphs in one precision, "fp32" or "fp16".
+
+    Args:
+        trained: the model.
+        graphs: its modules.
+        held_out: data that training has not seen, as PyTorch's encoders see it.
+        shipped: the same as the exported ones do.
+        precision: of the graphs.
+        quantize: how the weights of foundation encoders are kept.
 
     Raises:
         ParityError: they do not decide as the model.
     """
     models = export_all(graphs, fp16=precision == "fp16")
     precisions = {graph.name: graph.precision_in(precision) for graph in graphs}
-    record = prove(trained, graphs, open_all(models), held_out, precisions)
+    coarse = quantize not in ("none", "fp16")
+    record = prove(
+        trained, graphs, open_all(models), held_out, precisions, shipped=shipped, coarse=coarse
+    )
     golden = golden_file(trained, _run_torch(graphs))
     return Parts(models, precisions, golden, {"parity": record})
 
@@ -135,6 +185,9 @@ def prove(
     sessions: Mapping[str, Session],
     held_out: HeldOut,
     precisions: Mapping[str, str],
+    *,
+    shipped: HeldOut | None = None,
+    coarse: bool = False,
 ) -> dict[str, Any]:
     """Compare the exported graphs with PyTorch on held-out data.
 
@@ -144,6 +197,8 @@ def prove(
         sessions: the exported graphs by name.
         held_out: data that training has not seen.
         precisions: what each graph computes in; decisions are held to the coarsest.
+        shipped: the same data as exported foundation encoders see it; None for as PyTorch's do.
+        coarse: whether these have weights in few bits: decisions are then held to what int8 is.
 
     Returns:
         The figures, as the manifest keeps them.
@@ -151,13 +206,15 @@ def prove(
     Raises:
         ParityError: a figure is out of bounds.
     """
-    coarsest = next(name for name in ("int8", "fp16", "fp32") if name in precisions.values())
+    used = {*precisions.values(), *(("int8",) if coarse else ())}
+    coarsest = next(name for name in ("int8", "fp16", "fp32") if name in used)
     tolerance = parity.TOLERANCES[coarsest]
     compared = parity.compare_graphs(graphs, sessions, held_out, precisions)
     decisions = parity.compare_decisions(
         trained.model,
         sessions,
         held_out,
+        shipped or held_out,
         (trained.scale, trained.scale_with_ct),
         trained.calibration["fit"],
         tolerance,
@@ -203,6 +260,28 @@ def golden_file(trained: Trained, run: Run) -> bytes:
     buffer = io.BytesIO()
     np.savez(buffer, allow_pickle=False, **inputs, **golden_outputs(inputs, run))
     return buffer.getvalue()
+
+
+def exported_encoders(recipe: ModelRecipe, quantize: Quantize) -> list[ExportedEncoder]:
+    """Export the foundation encoders that a model listens to.
+
+    Raises:
+        ExportError: one can't be exported as it was asked for.
+    """
+    return [
+        export_encoder(load_chosen(recipe, key), quantize)
+        for key in bar(encoder_keys(recipe), "encoders")
+    ]
+
+
+def as_shipped(eyes: Sequence[ExportedEncoder]) -> Encoders:
+    """Let the exported encoders look, and keep nothing of what they say."""
+    graphs = {eye.card.key: eye.onnx for eye in eyes}
+
+    def opened(card: EncoderCard) -> Encode:
+        return session_encode(open_session("onnxruntime", graphs[card.key]), card.key)
+
+    return Encoders([eye.card for eye in eyes], opened, TokenCache(None))
 
 
 def _run(sessions: Mapping[str, Session]) -> Run:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
 from cdt_runtime import __version__
 from cdt_runtime.console import run
+
+if TYPE_CHECKING:
+    from cdt_export.weight_only import Quantize
 
 EXAMPLES = """
 \b
@@ -17,6 +20,7 @@ Examples:
   cdt-export --fp16                         from models/best_model.pt
   cdt-export --int8                         for a CPU: int8 where it gains
   cdt-export --checkpoint out/best_model.pt --output engines/lung
+  cdt-export --encoders medsiglip,path-foundation --quantize int8
 
 \b
 The prototypes are made from support tiles of the training data, and the
@@ -39,6 +43,22 @@ Research use only: not a medical device.
 )
 @click.option("--fp16", is_flag=True, help="Compute in float16: half the size, faster on a GPU.")
 @click.option("--int8", is_flag=True, help="Encoders in int8 where they gain: faster on a CPU.")
+@click.option(
+    "--quantize",
+    type=click.Choice(["none", "fp16", "int8", "int8-qdq", "int4", "nf4"]),
+    default="none",
+    show_default=True,
+    help="Weights of foundation encoders; int8-qdq is for TensorRT.",
+)
+@click.option(
+    "--encoders", metavar="KEY,...", help="Export these encoders alone, without a checkpoint."
+)
+@click.option(
+    "--weights", multiple=True, metavar="KEY=PATH", help="Of --encoders; or KEY=tiny-random."
+)
+@click.option(
+    "--tiles", metavar="DIR", help="CLASS/* tiles: how --encoders change few-shot accuracy."
+)
 @click.option("--data-dir", metavar="DIR", help="Where the training data is now, if it has moved.")
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest in place of the table.")
 @click.version_option(__version__, prog_name="cdt-export")
@@ -47,6 +67,10 @@ def export_command(
     output: str | None,
     fp16: bool,
     int8: bool,
+    quantize: Quantize,
+    encoders: str | None,
+    weights: tuple[str, ...],
+    tiles: str | None,
     data_dir: str | None,
     as_json: bool,
 ) -> None:
@@ -57,6 +81,11 @@ def export_command(
     """
     if fp16 and int8:
         raise click.UsageError("--fp16 and --int8: give one, --fp16 for a GPU or --int8 for a CPU")
+    if encoders is not None:
+        _export_encoders(encoders, quantize, weights, tiles, output, as_json)
+        return
+    if weights or tiles:
+        raise click.UsageError("--weights and --tiles: only with --encoders")
     from cdt_export.build import export_bundle
     from cdt_export.int8_choice import choice_text
     from cdt_export.report import parity_text
@@ -71,6 +100,7 @@ def export_command(
         Path(output) if output else Path("engines") / name,
         precision=precision,
         data_dir=Path(data_dir) if data_dir else None,
+        quantize=quantize,
     )
     if as_json:
         click.echo(json.dumps(bundle.manifest, indent=1))
@@ -82,6 +112,33 @@ def export_command(
     click.echo(f"\nbundle    {bundle.path} ({precision}, {size / 1e6:.1f} MB, {bundle.identity})")
     click.echo(f"trained   on {bundle.manifest['training']['data']}")
     click.echo(f"next      cdt-infer CT_DIR TILE --bundle {bundle.path}")
+
+
+def _export_encoders(
+    keys: str,
+    method: Quantize,
+    weights: tuple[str, ...],
+    tiles: str | None,
+    output: str | None,
+    as_json: bool,
+) -> None:
+    """Export foundation encoders alone, each to a folder of its own."""
+    from cdt_export.foundation import export_encoder, few_shot_change, write_encoder
+    from cdt_export.report import encoders_text
+    from cdt_train.encoders.registry import load_encoder
+
+    given = dict(pair.partition("=")[::2] for pair in weights)
+    reports = []
+    for key in keys.split(","):
+        encoder = load_encoder(key, given.get(key))
+        exported = export_encoder(encoder, method)
+        if tiles:
+            exported.report["few_shot"] = few_shot_change(encoder, exported, Path(tiles))
+        root = Path(output) if output else Path("engines") / "encoders"
+        folder = root / f"{exported.card.graph}-{method if method != 'none' else 'fp32'}"
+        write_encoder(exported, folder)
+        reports.append({**exported.report, "folder": str(folder)})
+    click.echo(json.dumps(reports, indent=1) if as_json else encoders_text(reports))
 
 
 def main() -> NoReturn:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,8 +15,12 @@ from numpy.typing import NDArray
 from cdt_export.onnx import OPSET, quiet_exporter, strip_notes
 from cdt_export.weight_only import Coverage, Quantize, quantise
 from cdt_runtime.backends import open_session
+from cdt_runtime.bundle import write_folder
 from cdt_runtime.encoder_card import EncoderCard, InputSpec
+from cdt_runtime.encoder_input import image_input
+from cdt_runtime.encoders import rgb_bytes
 from cdt_runtime.errors import ExportError
+from cdt_runtime.tile import read_tile
 from cdt_train.encoders.foundation import FoundationEncoder
 
 if TYPE_CHECKING:
@@ -24,8 +29,15 @@ if TYPE_CHECKING:
 OPTIMUM = ("siglip_vision_model", "dinov2", "vit")
 """Architectures whose export optimum describes."""
 
-LEAST_COSINE = {"none": 0.99999, "fp16": 0.9999, "int8": 0.999, "int8-qdq": 0.99, "int4": 0.95}
-"""Least cosine of an embedding with PyTorch's; `nf4` as `int4`."""
+LEAST_COSINE: dict[Quantize, float] = {
+    "none": 0.99999,
+    "fp16": 0.9999,
+    "int8": 0.999,
+    "int8-qdq": 0.99,
+    "int4": 0.95,
+    "nf4": 0.9,
+}
+"""Least cosine of an embedding with PyTorch's."""
 
 LIMIT = 2**31 - 1
 """Bytes that a single ONNX file can hold."""
@@ -59,6 +71,14 @@ class ExportedEncoder:
         """What has to go with it."""
         return NOTICE.format(**asdict(self.card))
 
+    @property
+    def files(self) -> dict[str, bytes]:
+        """What a bundle keeps of it, by name."""
+        return {
+            f"{self.card.graph}.onnx": self.onnx,
+            f"{self.card.graph}.txt": self.notice.encode(),
+        }
+
 
 def export_encoder(encoder: FoundationEncoder, method: Quantize = "none") -> ExportedEncoder:
     """Export an encoder and compare it with PyTorch.
@@ -85,7 +105,7 @@ def export_encoder(encoder: FoundationEncoder, method: Quantize = "none") -> Exp
         data = made.SerializeToString()
     found = open_session("onnxruntime", data).run({"images": images})
     figures = compared(expected.embedding.numpy(), found["embedding"])
-    least = LEAST_COSINE.get(method, LEAST_COSINE["int4"])
+    least = LEAST_COSINE[method]
     if not figures["min_cosine"] >= least:
         raise ExportError(
             f"encoder {encoder.card.key}: in {method} its embeddings have a cosine of "
@@ -106,6 +126,82 @@ def export_encoder(encoder: FoundationEncoder, method: Quantize = "none") -> Exp
     if expected.tokens is not None:
         report["tokens"] = compared(expected.tokens.flatten(1).numpy(), found["tokens"])
     return ExportedEncoder(data, encoder.card, report)
+
+
+def write_encoder(exported: ExportedEncoder, folder: Path) -> None:
+    """Write an encoder to a folder of its own, replacing an older one in one step."""
+    write_folder(
+        folder,
+        {
+            "encoder.onnx": exported.onnx,
+            "card.json": json.dumps(exported.card.to_dict(), indent=1).encode(),
+            "report.json": json.dumps(exported.report, indent=1).encode(),
+            "NOTICE.txt": exported.notice.encode(),
+        },
+    )
+
+
+def few_shot_change(
+    encoder: FoundationEncoder, exported: ExportedEncoder, tiles: Path
+) -> dict[str, float]:
+    """Compare few-shot accuracy on real tiles before and after.
+
+    Args:
+        encoder: in PyTorch.
+        exported: the same as it ships.
+        tiles: `CLASS/*.png` and so on, RGB.
+
+    Returns:
+        5-shot accuracy of nearest prototypes over the same 1000 episodes, or with as many tiles a
+        class as there are: `before`, `after` and their difference, and the `tiles`.
+
+    Raises:
+        ExportError: fewer than two classes of three tiles.
+    """
+    paths = [path for path in sorted(tiles.glob("*/*")) if path.is_file()]
+    labels = np.unique([path.parent.name for path in paths], return_inverse=True)[1]
+    counts = np.bincount(labels) if len(labels) else np.zeros(0, int)
+    if len(counts) < 2 or counts.min() < 3:
+        raise ExportError(f"--tiles {tiles}: expected 2 classes or more, CLASS/*, of 3 tiles each")
+    images = np.stack([_prepared(path, encoder.card.input) for path in paths])
+    session = open_session("onnxruntime", exported.onnx)
+    batches = [images[n : n + TRIALS] for n in range(0, len(images), TRIALS)]
+    after = np.concatenate([session.run({"images": part})["embedding"] for part in batches])
+    before = encoder.encode(torch.from_numpy(images)).embedding.numpy()
+    k = min(5, int(counts.min()) - 1)
+    rng = np.random.default_rng(0)
+    episodes = [_episode(labels, k, rng) for _ in range(1000)]
+    found = [
+        float(np.mean([_accuracy(one, labels, *e) for e in episodes])) for one in (before, after)
+    ]
+    change = found[1] - found[0]
+    return {"k": k, "before": found[0], "after": found[1], "change": change, "tiles": len(paths)}
+
+
+def _prepared(path: Path, spec: InputSpec) -> NDArray[np.float32]:
+    tile = read_tile(path)
+    return image_input(rgb_bytes(tile.pixels, tile.bits, tile.channels, path.name), spec)
+
+
+def _episode(
+    labels: NDArray[np.int64], k: int, rng: np.random.Generator
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Draw k support tiles a class and one query of each."""
+    drawn = [rng.permutation(np.flatnonzero(labels == c))[: k + 1] for c in np.unique(labels)]
+    return np.stack([one[:k] for one in drawn]), np.array([one[k] for one in drawn])
+
+
+def _accuracy(
+    embeddings: NDArray[np.float32],
+    labels: NDArray[np.int64],
+    support: NDArray[np.int64],
+    query: NDArray[np.int64],
+) -> float:
+    centred = embeddings - embeddings[support.ravel()].mean(axis=0)
+    unit = centred / np.maximum(np.linalg.norm(centred, axis=1, keepdims=True), 1e-12)
+    means = unit[support].mean(axis=1)
+    gaps = np.linalg.norm(unit[query][:, None] - means[None], axis=2)
+    return float((gaps.argmin(axis=1) == labels[query]).mean())
 
 
 def trial_images(spec: InputSpec) -> NDArray[np.float32]:
@@ -157,7 +253,8 @@ def _largest(module: torch.nn.Module) -> int:
 
 def _by_torch(encoder: FoundationEncoder) -> bytes:
     batch = torch.export.Dim("batch")
-    names = ["embedding"] if encoder.card.token_dim is None else ["embedding", "tokens"]
+    names = ["encoder_embedding"]
+    names += [] if encoder.card.token_dim is None else ["encoder_tokens"]
     with quiet_exporter():
         program = torch.onnx.export(
             encoder.module,
@@ -171,6 +268,7 @@ def _by_torch(encoder: FoundationEncoder) -> bytes:
         )
     assert program is not None  # the exporter raises on failure
     model = program.model_proto
+    _rename(model, {name: name.removeprefix("encoder_") for name in names})
     strip_notes(model)
     data: bytes = model.SerializeToString()
     return data
@@ -197,9 +295,10 @@ def _by_optimum(net: Any, kind: str) -> bytes:
 
 
 def _rename(model: ModelProto, names: dict[str, str]) -> None:
-    """Rename inputs and outputs of a graph."""
+    """Rename inputs and outputs of a graph; what else has such a name is moved out of the way."""
     graph = model.graph
-    for value in [*graph.input, *graph.output]:
+    names = {**{new: f"{new}_within" for new in names.values()}, **names}
+    for value in [*graph.input, *graph.output, *graph.initializer, *graph.value_info]:
         value.name = names.get(value.name, value.name)
     for node in graph.node:
         node.input[:] = [names.get(name, name) for name in node.input]

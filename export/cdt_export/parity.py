@@ -210,6 +210,7 @@ def compare_decisions(
     model: TransferModel,
     sessions: Mapping[str, Session],
     held_out: HeldOut,
+    shipped: HeldOut,
     scales: tuple[float, float],
     fit: str,
     tolerance: Tolerance,
@@ -220,6 +221,7 @@ def compare_decisions(
         model: in evaluation mode.
         sessions: the exported graphs by name.
         held_out: support, held-out tiles and a CT.
+        shipped: the same as exported foundation encoders see them.
         scales: calibrated factor of the negative squared distance, without CT and with.
         fit: how the support becomes prototypes, a key of `cdt_runtime.prototypes.FITS`.
         tolerance: what counts as a tie.
@@ -227,13 +229,13 @@ def compare_decisions(
     with torch.no_grad():
         tokens = _ct_tokens(model, held_out.ct, held_out.ct_features)
         present = tokens.new_ones(1)
-    exported = exported_ct_tokens(sessions["ct_encoder"], held_out.ct, held_out.ct_features)[0]
+    exported = exported_ct_tokens(sessions["ct_encoder"], shipped.ct, shipped.ct_features)[0]
     rows = []
     contexts = zip(("without CT", "with CT"), (0.0, 1.0), scales, strict=True)
     for context, there, scale in contexts:
         expected = _torch_chances(model, held_out, tokens * there, present * there, scale, fit)
         present_array = np.array([there], dtype=np.float32)
-        found = exported_chances(sessions, held_out, exported * there, present_array, scale, fit)
+        found = exported_chances(sessions, shipped, exported * there, present_array, scale, fit)
         best = found.argmax(axis=1)
         ordered = np.sort(expected, axis=1)
         tied = ordered[:, -1] - ordered[:, -2] < tolerance.tie

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -28,3 +28,27 @@ def parity_text(record: Mapping[str, Any]) -> str:
     if any(2 * row["ties"] > row["tiles"] for row in record["decisions"]):
         lines.append("warning: most are ties: these decisions prove little; train the model longer")
     return "\n".join(lines)
+
+
+def encoders_text(reports: Sequence[Mapping[str, Any]]) -> str:
+    """Return the table of exported foundation encoders for the reader."""
+    head = ("encoder", "weights", "kept as", "MB before", "MB", "covered", "min cosine", "few-shot")
+    rows = [head]
+    for one in reports:
+        change = one.get("few_shot")
+        rows.append(
+            (
+                one["encoder"],
+                one["origin"],
+                one["quantize"],
+                f"{one['bytes_before'] / 1e6:.1f}",
+                f"{one['bytes'] / 1e6:.1f}",
+                f"{one['bytes_covered']:.0%}",
+                f"{one['embedding']['min_cosine']:.5f}",
+                f"{100 * change['change']:+.1f} points" if change else "-",
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(f"{c:<{w}}" for c, w in zip(row, widths, strict=True)) for row in rows]
+    lines += ["", *(f"written   {one['folder']}" for one in reports)]
+    return "\n".join(line.rstrip() for line in lines)

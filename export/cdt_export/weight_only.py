@@ -7,6 +7,7 @@ as `MatMul` and `Add` first, so that they are covered. Convolutions stay as they
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ INT8_BLOCK, INT4_BLOCK, NF4_BLOCK = 32, 64, 64
 NF4 = 1
 """As ONNX Runtime numbers 4-bit floats: 0 is FP4, 1 NF4."""
 
-LEAST_COVERED = 0.5
+LEAST_COVERED = 0.4
 """Share of the bytes of all weights that must be in fewer bits; else the size hardly changes."""
 
 
@@ -112,16 +113,24 @@ def split_gemm(model: ModelProto) -> ModelProto:
     return model
 
 
-def _in_blocks(bits: int, block: int) -> Callable[[ModelProto], ModelProto]:
-    def quantised(model: ModelProto) -> ModelProto:
-        from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+def _int8(model: ModelProto) -> ModelProto:
+    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
-        made = MatMulNBitsQuantizer(model, bits=bits, block_size=block, is_symmetric=bits == 8)
-        made.process()
-        result: ModelProto = made.model.model
-        return result
+    made = MatMulNBitsQuantizer(model, bits=8, block_size=INT8_BLOCK, is_symmetric=True)
+    made.process()
+    result: ModelProto = made.model.model
+    return result
 
-    return quantised
+
+def _int4(model: ModelProto) -> ModelProto:
+    """By half-quadratic quantisation, which loses a third less than rounding to the nearest."""
+    from onnxruntime.quantization import matmul_nbits_quantizer as library
+
+    way = library.HQQWeightOnlyQuantConfig(block_size=INT4_BLOCK, bits=4)
+    made = library.MatMulNBitsQuantizer(model, algo_config=way)
+    made.process()
+    result: ModelProto = made.model.model
+    return result
 
 
 def _nf4(model: ModelProto) -> ModelProto:
@@ -168,9 +177,9 @@ def _qdq(model: ModelProto) -> ModelProto:
 
 _WAYS: dict[str, Callable[[Any], Any]] = {
     "fp16": _halves,
-    "int8": _in_blocks(8, INT8_BLOCK),
+    "int8": _int8,
     "int8-qdq": _qdq,
-    "int4": _in_blocks(4, INT4_BLOCK),
+    "int4": _int4,
     "nf4": _nf4,
 }
 
@@ -218,7 +227,9 @@ def _quiet() -> Iterator[None]:
     disabled, level, handlers = root.manager.disable, root.level, root.handlers[:]
     logging.disable(logging.WARNING)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+            yield
     finally:
         logging.disable(disabled)
         root.setLevel(level)

@@ -168,19 +168,27 @@ def write_bundle(path: Path, files: Mapping[str, bytes], facts: Mapping[str, Any
     kept = {key: value for key, value in facts.items() if key != _SELF_HASH}
     manifest = {**kept, "schema": SCHEMA, "name": path.name, "files": listing}
     manifest[_SELF_HASH] = sha256(_dump(manifest))
+    write_folder(path, {**files, MANIFEST: _dump(manifest)})
+    return Bundle.open(path)
+
+
+def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
+    """Write a folder of files, replacing an older one in one step.
+
+    Killed at any moment, it leaves the old folder or the new one.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     for stale in path.parent.glob(f".{path.name}.*.partial"):
         shutil.rmtree(stale, ignore_errors=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
     try:
-        for name, data in {**files, MANIFEST: _dump(manifest)}.items():
+        for name, data in files.items():
             write_synced(staging / name, data)
         staging.chmod(0o755)
         _put_in_place(staging, path)
         sync_folder(path.parent)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    return Bundle.open(path)
 
 
 def encoder_identity(files: Mapping[str, bytes], preprocess: Preprocess) -> str:

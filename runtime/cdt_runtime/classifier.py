@@ -18,7 +18,7 @@ from cdt_runtime.cache import TokenCache, cache_dir
 from cdt_runtime.ct import Volume
 from cdt_runtime.ct_context import CtContexts
 from cdt_runtime.encoder_features import feature_layout, flat_features
-from cdt_runtime.encoder_session import bundle_cards, bundle_encoders
+from cdt_runtime.encoder_session import bundle_cards, bundle_encoders, encoder_marks
 from cdt_runtime.errors import BackendError, PrototypeError, TileError
 from cdt_runtime.prediction import Context, CtChange, Prediction, TileInput, nearest
 from cdt_runtime.preprocess import Preprocess
@@ -65,6 +65,7 @@ class FewShotClassifier:
     Attributes:
         notes: why `auto` may not use an engine that is there, one line each.
         encoders: foundation encoders that the bundle holds.
+        marks: what every answer has to say of these, one line each.
 
     Raises:
         BundleError, PrototypeError, BackendError: they can't be used here.
@@ -93,6 +94,7 @@ class FewShotClassifier:
         )
         tokens = TokenCache(folder)
         self.encoders = bundle_encoders(bundle, self.backend, self.precision, tokens)
+        self.marks = encoder_marks(bundle)
         self._layout = feature_layout(bundle_cards(bundle), "tile")
         self._sessions: dict[str, Session] = {}
         self._means: dict[str, Float] = {}
@@ -151,8 +153,9 @@ class FewShotClassifier:
         """
         off = self.prototypes.ct_off if context.used else None
         for batch in _batches(tiles, self.batch_size):
-            answers = self._answers(batch, self.context(None) if off else context)
-            beside = self._answers(batch, context) if off else [None] * len(batch)
+            said = self.hear(_images(batch), len(batch))
+            answers = self._answers(batch, self.context(None) if off else context, said)
+            beside = self._answers(batch, context, said) if off else [None] * len(batch)
             for tile, answer, other in zip(batch, answers, beside, strict=True):
                 yield self._prediction(tile, answer, other, context, off)
 
@@ -284,14 +287,15 @@ class FewShotClassifier:
         self,
         tiles: NDArray[Any],
         context: Context,
-        images: Mapping[str, Float] | None = None,
+        features: Float | None = None,
     ) -> tuple[NDArray[np.float64], Float]:
         """Classify tile inputs in one engine call.
 
         Args:
             tiles: `(B, M, S, S)`, as `preprocess` gives them.
             context: that `context` gave.
-            images: the same tiles as each foundation encoder takes them, by encoder `(B, ...)`.
+            features: `(B, F)`, what `hear` gave for these tiles; None where the model listens to no
+                foundation encoder.
 
         Returns:
             Calibrated probabilities and distances, both `(B, K)`.
@@ -303,7 +307,7 @@ class FewShotClassifier:
         scale = support.scale_with_ct if context.used else support.scale
         outputs = self._classify.run(
             {
-                **self._tile_inputs(tiles, images or {}),
+                **_named(tiles, features),
                 "ct_tokens": context.tokens,
                 "ct_present": context.present,
                 "prototypes": self.class_prototypes(context),
@@ -312,10 +316,26 @@ class FewShotClassifier:
         )
         return softmax(self._finite(outputs["logits"])), outputs["distances"]
 
-    def _answers(self, batch: Sequence[TileInput], context: Context) -> list[_Answer]:
+    def hear(self, images: Mapping[str, Float], count: int) -> Float | None:
+        """Ask the foundation encoders.
+
+        Args:
+            images: tiles as each takes them, by encoder `(B, ...)`, as `encoders.images` makes one.
+            count: B.
+
+        Returns:
+            `(B, F)`, zeros where one is not in the bundle; None where the model listens to none.
+        """
+        if not self._layout:
+            return None
+        return flat_features(self._layout, self.encoders.of_images(images), count)
+
+    def _answers(
+        self, batch: Sequence[TileInput], context: Context, features: Float | None
+    ) -> list[_Answer]:
         """Classify a batch in one context."""
         started = perf_counter()
-        answers = self.classify(_arrays(batch), context, _images(batch))
+        answers = self.classify(_arrays(batch), context, features)
         share_ms = _ms_since(started) / len(batch)
         return [
             _Answer(
@@ -349,7 +369,7 @@ class FewShotClassifier:
             ct=context.used and replace(context.used, off=off),
             ct_change=self._change(tile, answer, beside) if beside else None,
             channels=tile.channels,
-            warnings=tile.warnings,
+            warnings=(*tile.warnings, *self.marks),
             timings_ms={name: round(value, 3) for name, value in timings.items()},
         )
 
@@ -372,17 +392,8 @@ class FewShotClassifier:
         )
 
     def _tokens(self, batch: Sequence[TileInput]) -> Float:
-        inputs = self._tile_inputs(_arrays(batch), _images(batch))
+        inputs = _named(_arrays(batch), self.hear(_images(batch), len(batch)))
         return self._session("path_encoder").run(inputs)["tile_tokens"]
-
-    def _tile_inputs(
-        self, tiles: NDArray[Any], images: Mapping[str, Float]
-    ) -> dict[str, NDArray[Any]]:
-        """Name tiles as the graphs take them, with what foundation encoders say of them."""
-        if not self._layout:
-            return {"tile": tiles}
-        said = self.encoders.of_images(images)
-        return {"tile": tiles, "features": flat_features(self._layout, said, len(tiles))}
 
     def _encode_ct(self, inputs: dict[str, Float]) -> Float:
         return self._finite(self._session("ct_encoder").run(inputs)["ct_tokens"])
@@ -411,6 +422,10 @@ def _several(tiles: Sequence[TileLike]) -> Sequence[TileLike]:
     if isinstance(tiles, str | os.PathLike | Tile | np.ndarray):
         raise TileError("one tile where several are expected: put it in a list")
     return tiles
+
+
+def _named(tiles: NDArray[Any], features: Float | None) -> dict[str, NDArray[Any]]:
+    return {"tile": tiles} if features is None else {"tile": tiles, "features": features}
 
 
 def _arrays(batch: Sequence[TileInput]) -> NDArray[Any]:

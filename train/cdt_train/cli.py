@@ -26,6 +26,7 @@ Other commands; each has --help:
   cdt-train finetune DATA --layout NAME    a backbone on labelled images
   cdt-train compare DATA --layout NAME     pretrained starts, with controls
   cdt-train encoders                       foundation encoders, and which are ready here
+  cdt-train convert path-foundation DIR    its SavedModel to ONNX, once, by TensorFlow
 
 \b
 DATA holds
@@ -45,6 +46,7 @@ COMMANDS = {
     "finetune": "cdt_train.cli_finetune:finetune_command",
     "compare": "cdt_train.cli_finetune:compare_command",
     "encoders": "cdt_train.cli_encoders:encoders_command",
+    "convert": "cdt_train.cli_encoders:convert_command",
 }
 """What the first argument may name in place of an option or a KEY=VALUE."""
 

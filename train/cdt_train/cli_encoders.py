@@ -1,8 +1,9 @@
-"""`cdt-train encoders`: what there is, what of it is ready here, and why the rest is not."""
+"""`cdt-train encoders`: what there is and what of it is ready; `cdt-train convert`, once, for one."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -33,6 +34,26 @@ def encoders_command(as_json: bool) -> None:
     click.echo(
         "\nkey, what it looks at, width of its embedding, state; licences and sources: --json"
     )
+
+
+@click.command("convert")
+@click.argument("encoder", type=click.Choice(["path-foundation"]))
+@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option(
+    "--output", type=click.Path(path_type=Path), help="The ONNX file.  [default: inside FOLDER]"
+)
+def convert_command(encoder: str, folder: Path, output: Path | None) -> None:
+    """Turn the SavedModel of ENCODER in FOLDER into ONNX, and compare both.
+
+    Needs TensorFlow and tf2onnx: pip install 'cdt-edge[tensorflow]'. Training,
+    export and inference then work without either.
+    """
+    from cdt_train.encoders.path_foundation import ONNX
+    from cdt_train.encoders.saved_model import convert
+
+    path = output or folder / ONNX
+    gap = convert(folder, path)
+    click.echo(f"{encoder}: {path}, differs from TensorFlow by at most {gap:.1e}")
 
 
 def _facts(entry: Entry) -> dict[str, Any]:

@@ -267,7 +267,8 @@ def _answers(
     ]
     if batch.tiles is None:
         return found
-    chances, _ = classifier.classify(batch.tiles, context, batch.images)
+    said = classifier.hear(batch.images, len(batch.tiles))
+    chances, _ = classifier.classify(batch.tiles, context, said)
     blank = [classifier.preprocess.is_blank(tile) for tile in batch.tiles]
     least = classifier.prototypes.min_confidence
     for (row, column), each, empty in zip(batch.places, chances, blank, strict=True):

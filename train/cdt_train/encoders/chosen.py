@@ -73,7 +73,9 @@ def chosen_encoders(
                 f"encoder {card.key}: its weights are not those that the model was trained with: "
                 f"give them with model.encoder_weights, or ${{CDT_WEIGHTS}}/{card.key}"
             )
-    return Encoders(cards, lambda card: _opened(recipe, card), TokenCache(cache_dir()))
+    return Encoders(
+        cards, lambda card: as_encode(load_chosen(recipe, card.key)), TokenCache(cache_dir())
+    )
 
 
 def _card(recipe: ModelRecipe, key: str) -> EncoderCard:
@@ -81,9 +83,10 @@ def _card(recipe: ModelRecipe, key: str) -> EncoderCard:
     return identified(key, given, allow_network=recipe.allow_download)
 
 
-def _opened(recipe: ModelRecipe, card: EncoderCard) -> Encode:
-    given = recipe.encoder_weights.get(card.key)
-    return as_encode(load_encoder(card.key, given, allow_network=recipe.allow_download))
+def load_chosen(recipe: ModelRecipe, key: str) -> FoundationEncoder:
+    """Load one of the encoders of a recipe; errors are those of `load_encoder`."""
+    given = recipe.encoder_weights.get(key)
+    return load_encoder(key, given, allow_network=recipe.allow_download)
 
 
 def as_encode(encoder: FoundationEncoder) -> Encode:

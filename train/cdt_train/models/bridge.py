@@ -151,7 +151,7 @@ class Bridge(nn.Module):
         for extra in (ct_tokens[:, ct.shape[1] :], self._behind_tile(tile_tokens)):
             parts.append(extra + self.extra_type)
             shown.append(_there(extra).to(ct.dtype))
-        batch = len(tile_tokens)
+        batch = tile_tokens.shape[0]  # len() would make it a constant of the graph
         memory = torch.cat([part.expand(batch, -1, -1) for part in parts], dim=1)
         seen = torch.cat([mask.expand(batch, -1) for mask in shown], dim=1)
         return memory, (1.0 - seen) * HIDDEN
@@ -170,7 +170,7 @@ class Bridge(nn.Module):
     def _weights(self, tile_tokens: Tensor, memory: Tensor, mask: Tensor | None) -> Tensor:
         """Explicit matrix products and softmax, which every inference engine runs."""
         query = self._heads(self.query(self._scaled(tile_tokens, self.tile_scale)))
-        null = self.null_key.to(memory.dtype).expand(len(memory), -1, -1)
+        null = self.null_key.to(memory.dtype).expand(memory.shape[0], -1, -1)
         keys = self._heads(torch.cat([self.key(memory), null], dim=1))
         scores = torch.matmul(query * query.shape[-1] ** -0.5, keys.transpose(-1, -2))
         if mask is not None:
