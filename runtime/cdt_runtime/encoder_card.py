@@ -87,6 +87,8 @@ class EncoderCard:
         input: what it takes in.
         packages: importable modules that loading needs, beyond those of `train`.
         extra: the extra of this package that brings them; None where pip takes them by name.
+        preparation: what has to be done with the files of `source` before they can be loaded, a
+            command; empty for nothing.
         options: names of input specs that were published beside `input`.
         verified: with what it has been run: real weights, random ones, or not at all.
         origin: "weights" or "random-weights" of a loaded or exported encoder; None for the card.
@@ -108,6 +110,7 @@ class EncoderCard:
     commercial: bool = False
     packages: tuple[str, ...] = ()
     extra: str | None = None
+    preparation: str = ""
     options: Mapping[str, InputSpec] = field(default_factory=dict)
     verified: Verified = "none"
     origin: Literal["weights", "random-weights"] | None = None

@@ -1,4 +1,4 @@
-"""`cdt-train encoders`: what there is and what of it is ready; `cdt-train convert`, once, for one."""
+"""`cdt-train encoders` lists what is there and ready; `cdt-train convert` is needed once, for one."""
 
 from __future__ import annotations
 

@@ -97,7 +97,7 @@ def require_weights(
     if given is not None:
         raise CheckpointError(
             f"encoder {card.key}: no weights at {given}: expected a file, or a folder with "
-            f"{entry.file}"
+            f"{entry.file}{_prepared(card)}"
         )
     if allow_network and found.status != "OFFLINE":
         return _fetched(card)
@@ -181,12 +181,17 @@ def _install(card: EncoderCard, absent: list[str]) -> str:
 def _accept(card: EncoderCard) -> str:
     return (
         f"accept the licence at {card.licence_url}, then put the files in "
-        f"${WEIGHTS_VARIABLE}/{card.key}, or fetch them with --allow-download"
+        f"${WEIGHTS_VARIABLE}/{card.key}, or fetch them with model.allow_download=true"
+        f"{_prepared(card)}"
     )
 
 
 def _place(card: EncoderCard) -> str:
     return (
         f"put the files of {card.source} in ${WEIGHTS_VARIABLE}/{card.key} (licence: "
-        f"{card.licence_url}), or fetch them with --allow-download"
+        f"{card.licence_url}), or fetch them with model.allow_download=true{_prepared(card)}"
     )
+
+
+def _prepared(card: EncoderCard) -> str:
+    return f"; then {card.preparation}" if card.preparation else ""

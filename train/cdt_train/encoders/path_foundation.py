@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cdt_runtime.encoder_card import EncoderCard, InputSpec
-from cdt_runtime.errors import CheckpointError
 from cdt_train.encoders.entry import Entry
 from cdt_train.encoders.medsiglip import LICENCE, LICENCE_URL
 
@@ -42,6 +41,7 @@ CARD = EncoderCard(
     embedding_dim=384,
     pooling="as the SavedModel gives it",
     input=PIXELS,
+    preparation="cdt-train convert path-foundation FOLDER",
     verified="random",
 )
 TINY = replace(CARD, embedding_dim=16, input=replace(PIXELS, size=56))
@@ -58,17 +58,11 @@ def load(path: Path, card: EncoderCard) -> nn.Module:
     """Load the converted encoder.
 
     Raises:
-        CheckpointError: the folder holds the SavedModel alone, or the graph can't be used.
+        CheckpointError: the graph can't be used.
     """
     from cdt_train.encoders.onnx_module import OnnxModule
 
-    file = path if path.is_file() else path / ONNX
-    if file.suffix != ".onnx" or not file.is_file():
-        raise CheckpointError(
-            f"encoder {card.key}: {path} holds a TensorFlow SavedModel: convert it once with "
-            f"cdt-train convert {card.key} {path}"
-        )
-    return OnnxModule(file)
+    return OnnxModule(path if path.is_file() else path / ONNX)
 
 
-ENTRY = Entry(CARD, TINY, stand_in, load, file="*.onnx")
+ENTRY = Entry(CARD, TINY, stand_in, load, file=ONNX)

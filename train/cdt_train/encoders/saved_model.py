@@ -58,7 +58,7 @@ def convert(folder: Path, output: Path) -> float:
     gap = float(np.abs(found - expected).max())
     if not gap <= ALLOWED:
         raise CheckpointError(
-            f"{folder}: ONNX differs from TensorFlow by {gap:.2g}, allowed {ALLOWED:g}: nothing was "
+            f"{folder}: ONNX differs from TensorFlow by {gap:.2g}, allowed {ALLOWED:g}: nothing is "
             f"written"
         )
     part = output.with_name(f"{output.name}.partial")
