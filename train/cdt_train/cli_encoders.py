@@ -1,4 +1,4 @@
-"""`cdt-train encoders` lists what is there and ready; `cdt-train convert` is needed once, for one."""
+"""`cdt-train encoders` lists what there is; `cdt-train convert` is needed once, for one of them."""
 
 from __future__ import annotations
 
