@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from cdt_export import int8_choice, parity
-from cdt_export.foundation import ExportedEncoder, export_encoder
+from cdt_export.foundation import ExportedEncoder, export_encoder, notice
 from cdt_export.graphs import Graph, build_graphs
 from cdt_export.inputs import TrainingData, open_data, read_calibration, read_tiles
 from cdt_export.int8 import Literal
@@ -86,7 +86,7 @@ def export_bundle(
         ExportError: no encoder gains by int8, or a foundation encoder can't be exported as asked;
             nothing is written.
     """
-    listens = bool(trained.info.get("encoders"))
+    listens = bool(trained.info.get("encoders") or trained.info.get("path_encoder"))
     if precision == "int8" and listens:
         raise ExportError(
             "--int8: not for a model with foundation encoders, whose graphs are most of the work: "
@@ -110,6 +110,11 @@ def export_bundle(
         files |= eye.files
     files |= {SPLIT: SplitRecord.of(trained.info).to_bytes(), GOLDEN: parts.golden}
     facts = {**_facts(trained, graphs, parts.precisions), **parts.facts, "precision": precision}
+    if own := trained.info.get("path_encoder"):
+        card = EncoderCard.from_dict(own)
+        facts["path_encoder"] = own
+        facts["licences"] |= {card.key: f"{card.licence}, {card.licence_url}"}
+        files["path_encoder.txt"] = notice(card).encode()
     if eyes:
         facts["encoders"] = [eye.card.to_dict() for eye in eyes]
         facts["encoder_reports"] = [eye.report for eye in eyes]

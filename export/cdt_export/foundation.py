@@ -67,16 +67,11 @@ class ExportedEncoder:
     report: dict[str, Any]
 
     @property
-    def notice(self) -> str:
-        """What has to go with it."""
-        return NOTICE.format(**asdict(self.card))
-
-    @property
     def files(self) -> dict[str, bytes]:
         """What a bundle keeps of it, by name."""
         return {
             f"{self.card.graph}.onnx": self.onnx,
-            f"{self.card.graph}.txt": self.notice.encode(),
+            f"{self.card.graph}.txt": notice(self.card).encode(),
         }
 
 
@@ -128,6 +123,11 @@ def export_encoder(encoder: FoundationEncoder, method: Quantize = "none") -> Exp
     return ExportedEncoder(data, encoder.card, report)
 
 
+def notice(card: EncoderCard) -> str:
+    """What has to go with a graph that holds an encoder's weights."""
+    return NOTICE.format(**asdict(card))
+
+
 def write_encoder(exported: ExportedEncoder, folder: Path) -> None:
     """Write an encoder to a folder of its own, replacing an older one in one step."""
     write_folder(
@@ -136,7 +136,7 @@ def write_encoder(exported: ExportedEncoder, folder: Path) -> None:
             "encoder.onnx": exported.onnx,
             "card.json": json.dumps(exported.card.to_dict(), indent=1).encode(),
             "report.json": json.dumps(exported.report, indent=1).encode(),
-            "NOTICE.txt": exported.notice.encode(),
+            "NOTICE.txt": notice(exported.card).encode(),
         },
     )
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from cdt_export.inference import for_inference
 from cdt_runtime.preprocess import Preprocess
+from cdt_train.encoders.foundation_path import FoundationPath
 from cdt_train.models.bridge import Bridge
 from cdt_train.models.features import FeatureTokens
 from cdt_train.models.prototypical import PrototypicalHead
@@ -173,7 +174,9 @@ def build_graphs(model: TransferModel, preprocess: Preprocess, *, n_classes: int
     of_tile, of_ct = model.tile_features, model.ct_features
     said = {"features": torch.randn(2, of_tile.size, generator=generator)} if of_tile.count else {}
     heard = {"ct_features": torch.randn(1, of_ct.size, generator=generator)} if of_ct.count else {}
-    encoder, ct_encoder = for_inference(model.path_encoder), for_inference(model.ct_encoder)
+    own = model.path_encoder
+    encoder = own.merged() if isinstance(own, FoundationPath) else for_inference(own)
+    ct_encoder = for_inference(model.ct_encoder)
     if of_tile.count:
         encoder = WithFeatures(encoder, of_tile).eval()
     if of_ct.count:

@@ -18,6 +18,10 @@ def bundle_cards(bundle: Bundle) -> tuple[EncoderCard, ...]:
 def encoder_marks(bundle: Bundle) -> tuple[str, ...]:
     """Say of each encoder what an answer must not hide: random weights, or that it is missing."""
     marks = []
+    if own := bundle.manifest.get("path_encoder"):
+        card = EncoderCard.from_dict(own)
+        if card.origin != "weights":
+            marks.append(f"tile encoder {card.key}: {card.origin}, it has learnt nothing")
     for card in bundle_cards(bundle):
         if f"{card.graph}.onnx" not in bundle.manifest["files"]:
             marks.append(f"encoder {card.key} is not in this bundle: masked")

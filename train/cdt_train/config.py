@@ -60,6 +60,12 @@ class ModelRecipe(_Section):
         None,
         description="weights of the CT encoder, as phase 1 writes them; null: phase 1 trains them",
     )
+    path_encoder: str = Field(
+        "conv2d", description="the tile encoder: conv2d, or a foundation encoder of tiles"
+    )
+    lora_rank: int = Field(
+        0, ge=0, description="of the changes to a foundation encoder as path_encoder; 0: frozen"
+    )
     use_haidef: bool = Field(
         False, description="adds medsiglip, medgemma and path-foundation to model.encoders"
     )

@@ -16,7 +16,7 @@ from cdt_train.contexts import Contexts
 from cdt_train.data.arrays import RGB
 from cdt_train.data.load import LoadedData
 from cdt_train.embed import tile_tokens
-from cdt_train.encoders.chosen import feature_shapes
+from cdt_train.encoders.chosen import chosen_path_encoder, feature_shapes
 from cdt_train.engine import Engine
 from cdt_train.episodic import EpisodeRecipe, EpisodicPhase
 from cdt_train.loop import Run, Schedule, train_phase
@@ -57,6 +57,7 @@ class FoldRun:
 
 def model_of(recipe: Recipe, channels: int, n_classes: int) -> TransferModel:
     """Build the model of a recipe for so many channels and classes, with seeded weights."""
+    path_encoder = chosen_path_encoder(recipe.model, channels, recipe.training.seed)
     return build_model(
         channels=channels,
         n_classes=n_classes,
@@ -67,6 +68,7 @@ def model_of(recipe: Recipe, channels: int, n_classes: int) -> TransferModel:
         ct_widths=recipe.model.ct_widths,
         bank_size=recipe.model.bank_size,
         seed=recipe.training.seed,
+        path_encoder=path_encoder,
         **feature_shapes(recipe.model),
     )
 

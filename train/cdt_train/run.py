@@ -18,7 +18,7 @@ from typing import Any, cast
 
 from cdt_runtime.errors import CheckpointError, TrainingError
 from cdt_train.checkpoint import write_json
-from cdt_train.config import Recipe
+from cdt_train.config import Recipe, recipe_from
 from cdt_train.data.load import read_data
 from cdt_train.data.phantom import write_phantom
 from cdt_train.engine import Engine
@@ -156,7 +156,8 @@ def _earlier_run(output_dir: Path, recipe: Recipe, resume: bool) -> dict[str, An
         )
     try:
         record: dict[str, Any] = json.loads(path.read_text("utf-8"))
-        require_same_recipe(path, record["recipe"], recipe.to_dict())
+        earlier = recipe_from(record["recipe"]).to_dict()  # keys may have been added since
+        require_same_recipe(path, earlier, recipe.to_dict())
         return {key: record[key] for key in ("data_dir", "ct_dir", "fingerprint")}
     except (ValueError, KeyError) as error:
         raise CheckpointError(f"{path}: can't be read: give another --output-dir") from error

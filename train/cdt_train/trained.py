@@ -11,6 +11,7 @@ from cdt_runtime.errors import CheckpointError
 from cdt_runtime.preprocess import Preprocess
 from cdt_train.checkpoint import load_checkpoint, load_weights
 from cdt_train.config import Recipe, recipe_from
+from cdt_train.encoders.chosen import path_card
 from cdt_train.fold_phases import model_of
 from cdt_train.models.transfer_model import TransferModel
 
@@ -96,6 +97,7 @@ def load_trained(path: Path) -> Trained:
         )
     recipe = recipe_from(content["config"])
     preprocess = Preprocess.from_dict(content["preprocess"])
+    path_card(recipe.model, content["dataset_info"].get("path_encoder"))
     model = model_of(recipe, len(preprocess.channels), len(content["dataset_info"]["classes"]))
     load_weights(model, content["model_state_dict"], path)
     model.eval()

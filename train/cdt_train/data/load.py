@@ -20,7 +20,7 @@ from cdt_train.data.arrays import (
     survey_tiles,
 )
 from cdt_train.data.phantom import phantom_seed
-from cdt_train.encoders.chosen import chosen_encoders
+from cdt_train.encoders.chosen import chosen_encoders, path_card
 from cdt_train.progress import bar, say
 
 
@@ -63,7 +63,7 @@ def read_data(recipe: Recipe, data_dir: Path, ct_dir: Path | None = None) -> Loa
     dataset = read_dataset(recipe.data.layout, data_dir, ct_dir)
     survey = survey_tiles(dataset.tiles, recipe.data.image_size, data_dir, bar)
     preprocess = choose_preprocess(survey, recipe.data)
-    encoders = chosen_encoders(recipe.model)
+    encoders, own = chosen_encoders(recipe.model), path_card(recipe.model)
     tiles = load_tiles(dataset.tiles, dataset.classes, preprocess, data_dir, bar, encoders=encoders)
     ct, left_out = load_ct(dataset, preprocess, data_dir, bar, encoders)
     warnings = [*dataset.warnings, *_split_notes(dataset), *survey.warnings, *left_out]
@@ -75,6 +75,7 @@ def read_data(recipe: Recipe, data_dir: Path, ct_dir: Path | None = None) -> Loa
         "warnings": warnings,
         "fingerprint": _fingerprint(tiles, patients, ct),
         "encoders": [card.to_dict() for card in encoders.cards.values()],
+        "path_encoder": own.to_dict() if own else None,
         "tile_facts": {
             name: [digest, tiles.classes[label]]
             for name, digest, label in zip(tiles.names, tiles.sha256, tiles.labels, strict=True)

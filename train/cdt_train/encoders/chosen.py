@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +18,11 @@ from cdt_train.config import ModelRecipe
 from cdt_train.encoders.foundation import FoundationEncoder
 from cdt_train.encoders.registry import TINY_RANDOM, entry_of, identified, load_encoder
 
+if TYPE_CHECKING:
+    from cdt_train.encoders.foundation_path import FoundationPath
+
 Float = NDArray[np.float32]
+HOUSE = "conv2d"
 HAIDEF = ("medsiglip", "medgemma", "path-foundation")
 
 
@@ -28,7 +33,7 @@ def encoder_keys(recipe: ModelRecipe) -> tuple[str, ...]:
         RecipeError: weights are given for one that is not among them.
     """
     keys = tuple(dict.fromkeys([*(HAIDEF if recipe.use_haidef else ()), *recipe.encoders]))
-    odd = [key for key in recipe.encoder_weights if key not in keys]
+    odd = [key for key in recipe.encoder_weights if key not in (*keys, recipe.path_encoder)]
     if odd:
         raise RecipeError(
             f"model.encoder_weights: {odd[0]!r} is not among model.encoders: add it there"
@@ -67,12 +72,8 @@ def chosen_encoders(
     """
     cards = [_card(recipe, key) for key in encoder_keys(recipe)]
     known = {one["key"]: one["weights_sha256"] for one in expected or ()}
-    for card in cards:
-        if expected is not None and known.get(card.key) != card.weights_sha256:
-            raise CheckpointError(
-                f"encoder {card.key}: its weights are not those that the model was trained with: "
-                f"give them with model.encoder_weights, or ${{CDT_WEIGHTS}}/{card.key}"
-            )
+    for card in cards if expected is not None else ():
+        _require_same(card, known.get(card.key))
     return Encoders(
         cards, lambda card: as_encode(load_chosen(recipe, card.key)), TokenCache(cache_dir())
     )
@@ -81,6 +82,64 @@ def chosen_encoders(
 def _card(recipe: ModelRecipe, key: str) -> EncoderCard:
     given = recipe.encoder_weights.get(key)
     return identified(key, given, allow_network=recipe.allow_download)
+
+
+def chosen_path_encoder(recipe: ModelRecipe, channels: int, seed: int) -> FoundationPath | None:
+    """Make the tile encoder where it is a foundation encoder; None for the house's own.
+
+    Raises:
+        RecipeError: tiles are not RGB, or it does not look at tiles.
+        CheckpointError: its weights are missing.
+    """
+    key = recipe.path_encoder
+    if key == HOUSE:
+        if recipe.lora_rank:
+            raise RecipeError(f"model.lora_rank: {recipe.lora_rank}: {HOUSE} learns as a whole")
+        return None
+    if channels != 3:
+        raise RecipeError(f"model.path_encoder: {key} takes R, G, B; the tiles have {channels}")
+    if entry_of(key).card.modality != "tile":
+        raise RecipeError(f"model.path_encoder: {key} does not look at tiles")
+    import torch
+
+    from cdt_train.encoders.foundation_path import FoundationPath
+
+    encoder = _kept(key, recipe.encoder_weights.get(key), recipe.allow_download)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return FoundationPath(encoder, recipe.feature_dim, recipe.lora_rank)
+
+
+def path_card(recipe: ModelRecipe, expected: Mapping[str, Any] | None = None) -> EncoderCard | None:
+    """Return the card of a foundation encoder that is the tile encoder; None for the house's own.
+
+    Args:
+        recipe: names it.
+        expected: card of the one that a model was trained with.
+
+    Raises:
+        CheckpointError: its weights are missing, or others.
+    """
+    if recipe.path_encoder == HOUSE:
+        return None
+    card = _card(recipe, recipe.path_encoder)
+    if expected is not None:
+        _require_same(card, expected["weights_sha256"])
+    return card
+
+
+@lru_cache(maxsize=1)
+def _kept(key: str, weights: str | None, allow_network: bool) -> FoundationEncoder:
+    """Load an encoder once for all copies of a model."""
+    return load_encoder(key, weights, allow_network=allow_network)
+
+
+def _require_same(card: EncoderCard, identity: str | None) -> None:
+    if identity != card.weights_sha256:
+        raise CheckpointError(
+            f"encoder {card.key}: its weights are not those that the model was trained with: "
+            f"give them with model.encoder_weights, or $CDT_WEIGHTS/{card.key}"
+        )
 
 
 def load_chosen(recipe: ModelRecipe, key: str) -> FoundationEncoder:

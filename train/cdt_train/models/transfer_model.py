@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from cdt_train.encoders.conv2d import PathEncoder
 from cdt_train.encoders.conv3d import CtEncoder
+from cdt_train.encoders.foundation_path import FoundationPath
 from cdt_train.models.bridge import Bridge
 from cdt_train.models.domain import DomainDiscriminator
 from cdt_train.models.features import FeatureTokens, Shapes
@@ -33,7 +34,7 @@ class TransferModel(nn.Module):
     def __init__(
         self,
         ct_encoder: CtEncoder,
-        path_encoder: PathEncoder,
+        path_encoder: PathEncoder | FoundationPath,
         bridge: Bridge,
         head: PrototypicalHead,
         discriminator: DomainDiscriminator,
@@ -106,19 +107,24 @@ def build_model(
     seed: int,
     tile_features: Shapes | None = None,
     ct_features: Shapes | None = None,
+    path_encoder: PathEncoder | FoundationPath | None = None,
 ) -> TransferModel:
-    """Build the model with seeded weights; `ModelRecipe` and `DataRecipe` describe the numbers."""
+    """Build the model with seeded weights; `ModelRecipe` and `DataRecipe` describe the numbers.
+
+    A `path_encoder` that is given takes the place of the house's own.
+    """
     of_tile, of_ct = tile_features or {}, ct_features or {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return TransferModel(
             CtEncoder(windows, ct_widths, feature_dim),
-            PathEncoder(channels, path_widths, feature_dim),
+            path_encoder or PathEncoder(channels, path_widths, feature_dim),
             Bridge(
                 feature_dim,
                 num_heads,
                 n_classes,
                 bank_size,
+                tile_scales=PathEncoder.scales if path_encoder is None else path_encoder.scales,
                 tile_extras=sum(count for count, _ in of_tile.values()),
                 ct_extras=sum(count for count, _ in of_ct.values()),
             ),
