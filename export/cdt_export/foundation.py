@@ -6,13 +6,13 @@ import json
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cdt_export.onnx import OPSET, quiet_exporter, strip_notes
+from cdt_export.onnx import OPSET, quiet_exporter, rename_values, strip_notes
 from cdt_export.weight_only import Coverage, Quantize, quantise
 from cdt_runtime.backends import open_session
 from cdt_runtime.bundle import write_folder
@@ -22,9 +22,6 @@ from cdt_runtime.encoders import rgb_bytes
 from cdt_runtime.errors import ExportError
 from cdt_runtime.tile import read_tile
 from cdt_train.encoders.foundation import FoundationEncoder
-
-if TYPE_CHECKING:
-    from onnx import ModelProto
 
 OPTIMUM = ("siglip_vision_model", "dinov2", "vit")
 """Architectures whose export optimum describes."""
@@ -207,6 +204,9 @@ def _accuracy(
 def trial_images(spec: InputSpec) -> NDArray[np.float32]:
     """Make smooth noise in the range of prepared images, `(TRIALS, ...)`."""
     rng = np.random.default_rng(0)
+    if spec.volume is not None and spec.volume.shape is not None:
+        whole = (TRIALS, len(spec.volume.windows), *spec.volume.shape)
+        return rng.random(whole).astype(np.float32)
     coarse = rng.random((TRIALS, 3, 8, 8)).astype(np.float32)
     fine = torch.nn.functional.interpolate(
         torch.from_numpy(coarse), size=(spec.size, spec.size), mode="bilinear"
@@ -268,7 +268,7 @@ def _by_torch(encoder: FoundationEncoder) -> bytes:
         )
     assert program is not None  # the exporter raises on failure
     model = program.model_proto
-    _rename(model, {name: name.removeprefix("encoder_") for name in names})
+    rename_values(model, {name: name.removeprefix("encoder_") for name in names})
     strip_notes(model)
     data: bytes = model.SerializeToString()
     return data
@@ -288,21 +288,10 @@ def _by_optimum(net: Any, kind: str) -> bytes:
         export(net, describe(net.config), path, opset=OPSET)
         model = onnx.load(path)
     named = {"pixel_values": "images", "pooler_output": "embedding", "last_hidden_state": "tokens"}
-    _rename(model, named)
+    rename_values(model, named)
     strip_notes(model)
     data: bytes = model.SerializeToString()
     return data
-
-
-def _rename(model: ModelProto, names: dict[str, str]) -> None:
-    """Rename inputs and outputs of a graph; what else has such a name is moved out of the way."""
-    graph = model.graph
-    names = {**{new: f"{new}_within" for new in names.values()}, **names}
-    for value in [*graph.input, *graph.output, *graph.initializer, *graph.value_info]:
-        value.name = names.get(value.name, value.name)
-    for node in graph.node:
-        node.input[:] = [names.get(name, name) for name in node.input]
-        node.output[:] = [names.get(name, name) for name in node.output]
 
 
 def _require_difference(card: EncoderCard, embeddings: NDArray[Any]) -> None:

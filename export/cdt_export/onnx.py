@@ -17,6 +17,9 @@ OPSET = 20
 """The newest opset whose normalisations and attention every engine at hand runs."""
 
 
+OUT = "output_of_"
+"""Before an output's name while the exporter works: it calls other values by such names, too."""
+
 _BATCH, _BATCH_AND_CLASSES = {0: "batch"}, {0: "batch", 1: "classes"}
 OUTPUT_AXES: dict[str, dict[int, str]] = {
     "tile_tokens": _BATCH,
@@ -52,12 +55,13 @@ def to_onnx(graph: Graph, *, fp16: bool) -> bytes:
             dynamo=True,
             opset_version=OPSET,
             input_names=names,
-            output_names=list(graph.outputs),
+            output_names=[f"{OUT}{name}" for name in graph.outputs],
             dynamic_shapes=(axes,) if isinstance(module, HalfPrecision) else axes,
             verbose=False,
         )
     assert program is not None  # the exporter raises on failure
     model = program.model_proto
+    rename_values(model, {f"{OUT}{name}": name for name in graph.outputs})
     strip_notes(model)
     _cast_first(model)
     data: bytes = model.SerializeToString()
@@ -92,6 +96,17 @@ def describe(graph: Graph, outputs: dict[str, Tensor], precision: str) -> dict[s
             for name, tensor in outputs.items()
         },
     }
+
+
+def rename_values(model: Any, names: dict[str, str]) -> None:
+    """Rename inputs and outputs of a graph; what else has such a name is moved out of the way."""
+    graph = model.graph
+    names = {**{new: f"{new}_within" for new in names.values()}, **names}
+    for value in [*graph.input, *graph.output, *graph.initializer, *graph.value_info]:
+        value.name = names.get(value.name, value.name)
+    for node in graph.node:
+        node.input[:] = [names.get(name, name) for name in node.input]
+        node.output[:] = [names.get(name, name) for name in node.output]
 
 
 def strip_notes(model: Any) -> None:

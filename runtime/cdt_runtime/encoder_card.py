@@ -29,14 +29,14 @@ class VolumeSpec:
             slices one by one; None where it takes the whole volume.
         shape: `(D, H, W)` that a whole volume is brought to; None for slices.
         spacing_mm: `(z, y, x)` that the encoder was trained at; None where it does not matter.
-        orientation: axes of the array, such as "SPL"; None where slices are taken.
+        orientation: where the array's axes grow to: "SPL" as a `Volume` has them, or "RAS".
     """
 
     windows: tuple[tuple[float, float], ...]
     max_slices: int | None = None
     shape: tuple[int, int, int] | None = None
     spacing_mm: tuple[float, float, float] | None = None
-    orientation: str | None = None
+    orientation: Literal["SPL", "RAS"] = "SPL"
 
 
 @dataclass(frozen=True)

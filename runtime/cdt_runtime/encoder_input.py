@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from cdt_runtime.encoder_card import InputSpec, VolumeSpec
 from cdt_runtime.errors import SeriesError, TileError
+from cdt_runtime.preprocess import area_resize
 
 Float = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
@@ -66,6 +67,52 @@ def ct_slices(hu: Float, spec: VolumeSpec) -> Bytes:
     ]
     shown: Bytes = np.rint(np.stack(channels, axis=-1) * np.float32(255)).astype(np.uint8)
     return shown
+
+
+def ct_volume(hu: Float, spacing_mm: tuple[float, float, float], spec: VolumeSpec) -> Float:
+    """Bring a CT to the input of an encoder that takes it whole.
+
+    It is resampled by exact box means (linear where it grows) to the encoder's voxels, where it has
+    any, and its middle is cut out, or filled up with air.
+
+    Args:
+        hu: `(D, H, W)` float32; axes grow to the head, the back and the left.
+        spacing_mm: of its voxels, `(z, y, x)`.
+        spec: of the encoder.
+
+    Returns:
+        `(windows, *shape)` float32, 0 to 1, axes as `spec.orientation` says.
+
+    Raises:
+        SeriesError: not a volume of finite HU.
+    """
+    if spec.shape is None or hu.ndim != 3 or 0 in hu.shape or not np.isfinite(hu).all():
+        raise SeriesError(f"volume of shape {hu.shape}: expected (D, H, W) of finite HU")
+    turned = spec.orientation == "RAS"
+    wanted = spec.shape[::-1] if turned else spec.shape
+    if spec.spacing_mm is None:
+        sized = area_resize(hu, wanted)
+    else:
+        target = spec.spacing_mm[::-1] if turned else spec.spacing_mm
+        lengths = zip(hu.shape, spacing_mm, target, strict=True)
+        shape = tuple(max(1, round(count * own / to)) for count, own, to in lengths)
+        sized = _middle(area_resize(hu, shape), wanted, spec.windows[0][0])
+    if turned:  # (z, y, x) that grow to S, P, L become (x, y, z) that grow to R, A, S
+        sized = sized.transpose(2, 1, 0)[::-1, ::-1]
+    channels = [(np.clip(sized, low, high) - low) / (high - low) for low, high in spec.windows]
+    return np.ascontiguousarray(np.stack(channels), dtype=np.float32)
+
+
+def _middle(volume: Float, shape: tuple[int, ...], air: float) -> Float:
+    """Cut the middle out of a volume, or put it in the middle of air."""
+    found = np.full(shape, air, np.float32)
+    into, of = [], []
+    for has, wants in zip(volume.shape, shape, strict=True):
+        length = min(has, wants)
+        into.append(slice((wants - length) // 2, (wants - length) // 2 + length))
+        of.append(slice((has - length) // 2, (has - length) // 2 + length))
+    found[tuple(into)] = volume[tuple(of)]
+    return found
 
 
 def slice_places(count: int, most: int | None) -> NDArray[np.int64]:

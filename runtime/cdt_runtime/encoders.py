@@ -18,7 +18,7 @@ from cdt_runtime.cache import TokenCache
 from cdt_runtime.ct import Volume
 from cdt_runtime.encoder_card import EncoderCard
 from cdt_runtime.encoder_features import VERSION, feature_shape, feature_tokens, over_slices
-from cdt_runtime.encoder_input import ct_slices, image_input
+from cdt_runtime.encoder_input import ct_slices, ct_volume, image_input
 from cdt_runtime.errors import BackendError, TileError
 from cdt_runtime.preprocess import centre_square, unit_range
 from cdt_runtime.tile import RGB
@@ -128,7 +128,7 @@ class Encoders:
             key = _cache_key(identity, card)
             kept = self._cache.get(key, feature_shape(card))
             if kept is None:
-                kept = self._of_slices(card, volume().hu)
+                kept = self._of_ct(card, volume())
                 self._cache.put(key, kept)
             found[card.key] = kept
         return found
@@ -136,10 +136,16 @@ class Encoders:
     def _of(self, modality: str) -> list[EncoderCard]:
         return [card for card in self.cards.values() if card.modality == modality]
 
-    def _of_slices(self, card: EncoderCard, hu: Float) -> Float:
-        if card.input.volume is None:
+    def _of_ct(self, card: EncoderCard, volume: Volume) -> Float:
+        spec = card.input.volume
+        if spec is None:
             raise BackendError(f"encoder {card.key}: its card does not say how it sees a CT")
-        shown = ct_slices(hu, card.input.volume)
+        if spec.shape is not None:
+            whole: Float = self._features(
+                card, ct_volume(volume.hu, volume.spacing_mm, spec)[None]
+            )[0]
+            return whole
+        shown = ct_slices(volume.hu, spec)
         parts = [
             self._features(card, np.stack([image_input(one, card.input) for one in part]))
             for part in (shown[n : n + SLICES] for n in range(0, len(shown), SLICES))

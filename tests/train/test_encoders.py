@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,17 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
-from cdt_runtime.encoder_card import EncoderCard
+from cdt_runtime.ct import Volume
+from cdt_runtime.encoder_card import EncoderCard, VolumeSpec
 from cdt_runtime.encoder_features import feature_shape, feature_tokens
-from cdt_runtime.encoder_input import ct_slices, image_input
-from cdt_runtime.errors import BundleError, CheckpointError, MissingDependencyError, RecipeError
+from cdt_runtime.encoder_input import ct_slices, ct_volume, image_input
+from cdt_runtime.errors import (
+    BundleError,
+    CheckpointError,
+    MissingDependencyError,
+    RecipeError,
+    SeriesError,
+)
 from cdt_train.cli_encoders import encoders_command
 from cdt_train.config import ModelRecipe
 from cdt_train.encoders.chosen import chosen_encoders, encoder_keys, feature_shapes
@@ -26,7 +34,16 @@ from cdt_train.encoders.entry import Entry
 from cdt_train.encoders.look_up import availability, require_weights, weights_identity
 from cdt_train.encoders.registry import ENCODERS, TINY_RANDOM, entry_of, identified, load_encoder
 
-KEYS = [key for key, entry in ENCODERS.items() if not set(entry.card.packages) & {"timm", "monai"}]
+OPTIONAL = ("timm", "monai")
+"""Libraries that a user brings; without them their encoders are skipped here."""
+
+
+def here(key: str) -> str:
+    """Skip where the library of an encoder is missing."""
+    for library in OPTIONAL:
+        if library in entry_of(key).card.packages and find_spec(library) is None:
+            pytest.skip(f"{library} is not installed")
+    return key
 
 
 def pictures(count: int = 3, side: int = 80) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -41,11 +58,17 @@ def nowhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("CDT_CACHE", str(tmp_path / "cache"))
 
 
-@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize("key", [*ENCODERS, "slices:medsiglip"])
 def test_each_encoder_gives_what_its_card_says(key: str) -> None:
-    encoder = load_encoder(key, TINY_RANDOM)
+    encoder = load_encoder(here(key), TINY_RANDOM)
     card = encoder.card
-    images = torch.from_numpy(np.stack([image_input(one, card.input) for one in pictures()]))
+    volume = card.input.volume
+    if volume is not None and volume.shape is not None:
+        hu = np.random.default_rng(0).uniform(-1000, 400, (3, 30, 60, 60)).astype(np.float32)
+        seen = [ct_volume(one, (4.0, 2.0, 2.0), volume) for one in hu]
+    else:
+        seen = [image_input(one, card.input) for one in pictures()]
+    images = torch.from_numpy(np.stack(seen))
     first, again = encoder.encode(images), encoder.encode(images)
     assert first.embedding.shape == (3, card.embedding_dim)
     assert torch.equal(first.embedding, again.embedding)
@@ -69,6 +92,47 @@ def test_cards_are_whole_and_come_back_from_json(key: str) -> None:
     assert card.verified != "weights"  # none has been at hand
     with pytest.raises(BundleError, match="encoder card: keys missing or unknown: more"):
         EncoderCard.from_dict({**card.to_dict(), "more": 1})
+
+
+def test_a_ct_is_brought_to_an_encoders_voxels_and_axes() -> None:
+    hu = np.full((20, 40, 40), -1000.0, np.float32)
+    hu[15:, 30:, 30:] = 1000  # high, at the back, on the left
+    spec = VolumeSpec(((-1000.0, 1000.0),), shape=(24, 20, 20), spacing_mm=(2.0, 2.0, 2.0))
+    found = ct_volume(hu, (2.0, 1.0, 1.0), spec)
+    assert found.shape == (1, 24, 20, 20)
+    assert (found[0, :2] == 0).all()  # filled with air
+    assert (found[0, 17:22, 15:, 15:] == 1).all()
+    assert found.sum() == pytest.approx(5 * 5 * 5)
+    turned = ct_volume(hu, (2.0, 1.0, 1.0), replace(spec, shape=(20, 20, 24), orientation="RAS"))
+    assert (turned[0, :5, :5, 17:22] == 1).all()  # on the left: low in R; at the back: low in A
+    assert turned.sum() == pytest.approx(5 * 5 * 5)
+    free = ct_volume(hu, (9.0, 9.0, 9.0), replace(spec, spacing_mm=None, shape=(4, 4, 4)))
+    assert free[0, 3, 3, 3] == 1
+    with pytest.raises(SeriesError, match=r"expected \(D, H, W\) of finite HU"):
+        ct_volume(hu * np.nan, (1.0, 1.0, 1.0), spec)
+
+
+def test_an_encoder_of_tiles_can_look_at_slices() -> None:
+    entry = entry_of("slices:medsiglip")
+    assert (entry.card.modality, entry.card.graph) == ("ct", "encoder_slices_medsiglip")
+    recipe = ModelRecipe(
+        encoders=("slices:medsiglip",), encoder_weights={"slices:medsiglip": TINY_RANDOM}
+    )
+    encoders = chosen_encoders(recipe)
+    hu = np.random.default_rng(0).uniform(-1000, 400, (9, 64, 64)).astype(np.float32)
+    made = Volume(hu, (5.0, 1.0, 1.0), (0.0,) * 3, ((0.0,) * 3,) * 3, "one")
+    (found,) = encoders.of_volume("one", lambda: made).values()
+    assert found.shape == (5, 32)
+    again = encoders.of_volume("one", lambda: pytest.fail("read again"))
+    assert np.array_equal(again["slices:medsiglip"], found)
+    with pytest.raises(RecipeError, match="encoder slices:medgemma: medgemma is none of tiles"):
+        entry_of("slices:medgemma")
+
+
+def test_a_model_of_timm_by_name_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(RecipeError, match="encoder timm:resnet18: timm is not installed: pip inst"):
+        entry_of("timm:resnet18")
 
 
 @pytest.mark.parametrize("key", ["medsiglip", "medgemma"])

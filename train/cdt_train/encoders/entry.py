@@ -27,14 +27,14 @@ class Entry:
         random: makes the full or the tiny net, its weights drawn from torch's random state.
         load: makes the full net with weights from a folder or file; a tensor that is missing there
             is a `CheckpointError`.
-        file: what must be in a folder for it to hold the weights, a glob.
+        files: one of these must be in a folder for it to hold the weights, globs.
     """
 
     card: EncoderCard
     tiny: EncoderCard
     random: Callable[[EncoderCard], nn.Module]
     load: Callable[[Path, EncoderCard], nn.Module]
-    file: str = "*.safetensors"
+    files: tuple[str, ...] = ("*.safetensors",)
 
 
 def random_card(entry: Entry, *, tiny: bool, seed: int) -> EncoderCard:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -70,13 +70,13 @@ def availability(entry: Entry, given: Path | None = None) -> Availability:
 def local_weights(entry: Entry, given: Path | None = None) -> Path | None:
     """Find weights on this machine, a folder or the file that was given; None for none."""
     if given is not None:
-        return given if given.is_file() or _holds(given, entry.file) else None
+        return given if given.is_file() or _holds(given, entry.files) else None
     root = os.environ.get(WEIGHTS_VARIABLE)
     own = Path(root) / entry.card.key if root else None
-    if own is not None and _holds(own, entry.file):
+    if own is not None and _holds(own, entry.files):
         return own
     cached = cached_snapshot(entry.card)
-    return cached if cached is not None and _holds(cached, entry.file) else None
+    return cached if cached is not None and _holds(cached, entry.files) else None
 
 
 def require_weights(
@@ -97,7 +97,7 @@ def require_weights(
     if given is not None:
         raise CheckpointError(
             f"encoder {card.key}: no weights at {given}: expected a file, or a folder with "
-            f"{entry.file}{_prepared(card)}"
+            f"{' or '.join(entry.files)}{_prepared(card)}"
         )
     if allow_network and found.status != "OFFLINE":
         return _fetched(card)
@@ -144,8 +144,8 @@ def _is_weight(file: Path) -> bool:
     return file.suffix in WEIGHT_SUFFIXES or ".data-" in file.name
 
 
-def _holds(folder: Path, pattern: str) -> bool:
-    return folder.is_dir() and next(folder.glob(pattern), None) is not None
+def _holds(folder: Path, patterns: Sequence[str]) -> bool:
+    return folder.is_dir() and any(next(folder.glob(one), None) for one in patterns)
 
 
 def _fetched(card: EncoderCard) -> Path:

@@ -65,4 +65,4 @@ def load(path: Path, card: EncoderCard) -> nn.Module:
     return OnnxModule(path if path.is_file() else path / ONNX)
 
 
-ENTRY = Entry(CARD, TINY, stand_in, load, file=ONNX)
+ENTRY = Entry(CARD, TINY, stand_in, load, files=(ONNX,))

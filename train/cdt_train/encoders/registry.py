@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from cdt_runtime.encoder_card import EncoderCard
 from cdt_runtime.errors import RecipeError
-from cdt_train.encoders import medgemma, medsiglip, path_foundation
+from cdt_train.encoders import dinov2, medgemma, medsiglip, monai_nets, path_foundation, timm_vits
 from cdt_train.encoders.entry import Entry, random_card
 from cdt_train.encoders.look_up import require_weights, weights_identity
 
@@ -28,9 +28,13 @@ _ENTRIES: tuple[Entry, ...] = (
     medsiglip.ENTRY,
     medgemma.ENTRY,
     path_foundation.ENTRY,
+    *dinov2.ENTRIES,
+    *timm_vits.ENTRIES,
+    *monai_nets.ENTRIES,
 )
 ENCODERS: dict[str, Entry] = {entry.card.key: entry for entry in _ENTRIES}
 
+SLICES = "slices:"
 TINY_RANDOM = "tiny-random"
 """In place of a path of weights: a tiny encoder of the same architecture that knows nothing."""
 
@@ -43,9 +47,38 @@ def entry_of(key: str) -> Entry:
     """
     if key in ENCODERS:
         return ENCODERS[key]
+    if key.startswith(timm_vits.PREFIX):
+        return timm_vits.any_model(key)
+    if key.startswith(SLICES):
+        return _of_slices(entry_of(key.removeprefix(SLICES)))
     near = difflib.get_close_matches(key, ENCODERS, n=1, cutoff=0.5)
     hint = f", did you mean {near[0]}?" if near else f": the encoders are {', '.join(ENCODERS)}"
     raise RecipeError(f"encoder {key!r}: unknown{hint}")
+
+
+def _of_slices(entry: Entry) -> Entry:
+    """Let an encoder of tiles look at the slices of a CT, each in three windows as colours.
+
+    Raises:
+        RecipeError: it looks at something else.
+    """
+    if entry.card.modality != "tile":
+        raise RecipeError(f"encoder {SLICES}{entry.card.key}: {entry.card.key} is none of tiles")
+
+    def shown(card: EncoderCard) -> EncoderCard:
+        seen = replace(card.input, volume=medgemma.WINDOWS, mpp=())
+        return replace(card, key=f"{SLICES}{card.key}", modality="ct", input=seen, options={})
+
+    def own(card: EncoderCard) -> EncoderCard:
+        return replace(card, key=entry.card.key, modality="tile")
+
+    return Entry(
+        shown(entry.card),
+        shown(entry.tiny),
+        lambda card: entry.random(own(card)),
+        lambda path, card: entry.load(path, own(card)),
+        entry.files,
+    )
 
 
 def load_encoder(
