@@ -1,7 +1,8 @@
 """Weights of an ONNX graph in fewer bits: 8, 4, NF4, or halves.
 
 Matrix products with constant weights hold nearly all of a transformer; those of `Gemm` are written
-as `MatMul` and `Add` first, so that they are covered. Convolutions stay as they are.
+as `MatMul` and `Add` first, so that they are covered. Convolutions are kept in halves or, with
+every other method, in 8 bits: there are no operators for fewer.
 """
 
 from __future__ import annotations
@@ -29,6 +30,9 @@ INT8_BLOCK, INT4_BLOCK, NF4_BLOCK = 32, 64, 64
 NF4 = 1
 """As ONNX Runtime numbers 4-bit floats: 0 is FP4, 1 NF4."""
 
+OUTPUT_AXIS = {"MatMul": 1, "Conv": 0}
+"""Operators whose second input is a weight, and the axis of it that runs over the outputs."""
+
 LEAST_COVERED = 0.4
 """Share of the bytes of all weights that must be in fewer bits; else the size hardly changes."""
 
@@ -38,7 +42,7 @@ class Coverage:
     """How much of a graph is in fewer bits.
 
     Attributes:
-        nodes: share of its matrix products with constant weights.
+        nodes: share of its matrix products and convolutions with constant weights.
         bytes: share of the bytes of all its weights.
     """
 
@@ -57,21 +61,21 @@ def quantise(model: ModelProto, method: Quantize) -> tuple[ModelProto, Coverage]
     Raises:
         ExportError: too little of the graph is covered.
     """
-    total, products = _weight_bytes(model), _products(split_gemm(model))
-    sizes = {name: weight.nbytes for name, weight in products.items()}
+    total = _weight_bytes(model)
+    sizes = {name: weight.nbytes for name, (weight, _) in _weights(split_gemm(model)).items()}
     if method == "none":
         return model, Coverage(0.0, 0.0)
     with _quiet():
         made = _WAYS[method](model)
-    left = _products(made)
-    done = [name for name in sizes if method == "fp16" or name not in left]
+    left = _weights(made)
+    done = [name for name in sizes if name not in left]
     coverage = Coverage(
         len(done) / max(1, len(sizes)), sum(sizes[name] for name in done) / max(1, total)
     )
     if not coverage.bytes >= LEAST_COVERED:
         raise ExportError(
             f"--quantize {method}: covers {coverage.bytes:.0%} of the weights, at least "
-            f"{LEAST_COVERED:.0%} are expected: export with --quantize none or fp16"
+            f"{LEAST_COVERED:.0%} are expected: export with --quantize none"
         )
     return made, coverage
 
@@ -116,7 +120,9 @@ def split_gemm(model: ModelProto) -> ModelProto:
 def _int8(model: ModelProto) -> ModelProto:
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
-    made = MatMulNBitsQuantizer(model, bits=8, block_size=INT8_BLOCK, is_symmetric=True)
+    made = MatMulNBitsQuantizer(
+        _qdq(model, "Conv"), bits=8, block_size=INT8_BLOCK, is_symmetric=True
+    )
     made.process()
     result: ModelProto = made.model.model
     return result
@@ -127,7 +133,7 @@ def _int4(model: ModelProto) -> ModelProto:
     from onnxruntime.quantization import matmul_nbits_quantizer as library
 
     way = library.HQQWeightOnlyQuantConfig(block_size=INT4_BLOCK, bits=4)
-    made = library.MatMulNBitsQuantizer(model, algo_config=way)
+    made = library.MatMulNBitsQuantizer(_qdq(model, "Conv"), algo_config=way)
     made.process()
     result: ModelProto = made.model.model
     return result
@@ -136,42 +142,41 @@ def _int4(model: ModelProto) -> ModelProto:
 def _nf4(model: ModelProto) -> ModelProto:
     from onnxruntime.quantization.matmul_bnb4_quantizer import MatMulBnb4Quantizer
 
-    made = MatMulBnb4Quantizer(model, NF4, NF4_BLOCK)
+    made = MatMulBnb4Quantizer(_qdq(model, "Conv"), NF4, NF4_BLOCK)
     made.process()
     result: ModelProto = made.model.model
     return result
 
 
 def _halves(model: ModelProto) -> ModelProto:
-    """Keep the weights of matrix products as float16; they are computed with in float32."""
+    """Keep weights as float16; they are computed with in float32."""
     from onnx import TensorProto, helper, numpy_helper
 
-    graph = model.graph
     casts = []
-    for name, weight in _products(model).items():
+    for name, (weight, _) in _weights(model).items():
         kept = numpy_helper.from_array(weight.astype(np.float16), f"{name}_half")
-        graph.initializer.append(kept)
+        model.graph.initializer.append(kept)
         casts.append(helper.make_node("Cast", [kept.name], [f"{name}_full"], to=TensorProto.FLOAT))
-        _replace_input(model, name, f"{name}_full")
+        _replace_weight(model, name, f"{name}_full")
     return _with_first(model, casts)
 
 
-def _qdq(model: ModelProto) -> ModelProto:
-    """Keep the weights of matrix products in 8 bits by columns, behind `DequantizeLinear`."""
+def _qdq(model: ModelProto, *kinds: str) -> ModelProto:
+    """Keep weights in 8 bits, each output with a scale, behind `DequantizeLinear`."""
     from onnx import helper, numpy_helper
 
-    graph = model.graph
     unpacked = []
-    for name, weight in _products(model).items():
-        scale = (np.abs(weight).max(axis=0) / 127).clip(min=1e-12).astype(np.float32)
-        steps = np.clip(np.rint(weight / scale), -127, 127).astype(np.int8)
-        zero = np.zeros_like(scale, dtype=np.int8)
-        parts = {"steps": steps, "scale": scale, "zero": zero}
+    for name, (weight, kind) in _weights(model, *(kinds or OUTPUT_AXIS)).items():
+        axis = OUTPUT_AXIS[kind]
+        others = tuple(one for one in range(weight.ndim) if one != axis)
+        scale = (np.abs(weight).max(axis=others) / 127).clip(min=1e-12).astype(np.float32)
+        steps = np.rint(weight / np.expand_dims(scale, others)).clip(-127, 127).astype(np.int8)
+        parts = {"steps": steps, "scale": scale, "zero": np.zeros_like(scale, dtype=np.int8)}
         for part, values in parts.items():
-            graph.initializer.append(numpy_helper.from_array(values, f"{name}_{part}"))
+            model.graph.initializer.append(numpy_helper.from_array(values, f"{name}_{part}"))
         inputs = [f"{name}_{part}" for part in parts]
-        unpacked.append(helper.make_node("DequantizeLinear", inputs, [f"{name}_full"], axis=1))
-        _replace_input(model, name, f"{name}_full")
+        unpacked.append(helper.make_node("DequantizeLinear", inputs, [f"{name}_full"], axis=axis))
+        _replace_weight(model, name, f"{name}_full")
     return _with_first(model, unpacked)
 
 
@@ -184,13 +189,18 @@ _WAYS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def _products(model: ModelProto) -> dict[str, Any]:
-    """Weights, two-dimensional and constant, of matrix products, by name."""
+def _weights(model: ModelProto, *kinds: str) -> dict[str, tuple[Any, str]]:
+    """Constant weights of matrix products (two-dimensional) and convolutions, with their kind."""
     from onnx import numpy_helper
 
-    constants = {one.name: one for one in model.graph.initializer if len(one.dims) == 2}
-    named = [node.input[1] for node in model.graph.node if node.op_type == "MatMul"]
-    return {name: numpy_helper.to_array(constants[name]) for name in named if name in constants}
+    constants = {one.name: one for one in model.graph.initializer if len(one.dims) >= 2}
+    found = {}
+    for node in model.graph.node:
+        if node.op_type in (kinds or OUTPUT_AXIS) and node.input[1] in constants:
+            one = constants[node.input[1]]
+            if node.op_type != "MatMul" or len(one.dims) == 2:
+                found[one.name] = (numpy_helper.to_array(one), node.op_type)
+    return found
 
 
 def _weight_bytes(model: ModelProto) -> int:
@@ -199,9 +209,9 @@ def _weight_bytes(model: ModelProto) -> int:
     return sum(numpy_helper.to_array(one).nbytes for one in model.graph.initializer)
 
 
-def _replace_input(model: ModelProto, old: str, new: str) -> None:
+def _replace_weight(model: ModelProto, old: str, new: str) -> None:
     for node in model.graph.node:
-        if node.op_type == "MatMul" and node.input[1] == old:
+        if node.op_type in OUTPUT_AXIS and node.input[1] == old:
             node.input[1] = new
 
 

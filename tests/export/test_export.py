@@ -245,7 +245,7 @@ def test_paired_support_brings_its_own_patients_ct(
     assert np.array_equal(found.ct_tokens, tokens)
     scales = (trained.scale, trained.scale_with_ct)
     rows = compare_decisions(
-        trained.model, sessions, held_out, scales, "mean", TOLERANCES[precision]
+        trained.model, sessions, held_out, held_out, scales, "mean", TOLERANCES[precision]
     )
     assert [row.label_flips for row in rows] == [0, 0]
     assert max(row.max_probability_change for row in rows) < TOLERANCES[precision].probability
@@ -331,7 +331,8 @@ def test_decisions_are_compared_by_the_fit_of_the_evaluation(
     assert np.allclose(found[:4], softmax(logits), atol=1e-6)
     tolerance = TOLERANCES[precision]
     rows = compare_decisions(
-        trained.model, sessions, held_out, (trained.scale, trained.scale_with_ct), fit, tolerance
+        *(trained.model, sessions, held_out, held_out),
+        *((trained.scale, trained.scale_with_ct), fit, tolerance),
     )
     assert [row.label_flips for row in rows] == [0, 0]
 

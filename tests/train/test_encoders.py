@@ -366,3 +366,25 @@ def test_the_list_says_what_is_ready_in_an_instant_and_without_torch() -> None:
         "sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'timm', 'numpy')))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+def test_an_encoder_can_be_shown_tiles_in_another_published_way(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    entry = entry_of("medsiglip@padded")
+    assert entry.card.input == ENCODERS["medsiglip"].card.options["padded"]
+    assert entry.folder == "medsiglip"
+    (tmp_path / "medsiglip").mkdir()
+    (tmp_path / "medsiglip" / "model.safetensors").touch()
+    monkeypatch.setenv("CDT_WEIGHTS", str(tmp_path))
+    for key in ("medsiglip@padded", "slices:medsiglip"):  # the weights are those of medsiglip
+        assert availability(entry_of(key)).path == tmp_path / "medsiglip"
+    first, other = (load_encoder(key, TINY_RANDOM) for key in ("medsiglip", "medsiglip@padded"))
+    assert other.card.input.pad
+    assert other.card.to_dict()["key"] == "medsiglip@padded"
+    images = torch.randn(2, 3, 56, 56, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(first.encode(images).embedding, other.encode(images).embedding)
+    with pytest.raises(RecipeError, match=r"'round' is none of the published ways .*: bicubic, tf_"):
+        entry_of("medsiglip@round")
+    with pytest.raises(RecipeError, match="there is one alone"):
+        entry_of("uni@padded")

@@ -17,6 +17,13 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+SLICES = "slices:"
+"""Before the key of an encoder of tiles: it looks at the slices of a CT."""
+
+SHOWN_AS = "@"
+"""Between a key and the name of one of the card's `options`."""
+
+
 @dataclass(frozen=True)
 class Entry:
     """How an encoder is made.
@@ -35,6 +42,11 @@ class Entry:
     random: Callable[[EncoderCard], nn.Module]
     load: Callable[[Path, EncoderCard], nn.Module]
     files: tuple[str, ...] = ("*.safetensors",)
+
+    @property
+    def folder(self) -> str:
+        """Key of the encoder itself, however images are shown to it: its weights are the same."""
+        return self.card.key.removeprefix(SLICES).partition(SHOWN_AS)[0]
 
 
 def random_card(entry: Entry, *, tiny: bool, seed: int) -> EncoderCard:

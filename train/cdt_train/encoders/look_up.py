@@ -59,12 +59,12 @@ def availability(entry: Entry, given: Path | None = None) -> Availability:
     if found is not None:
         return Availability("READY", path=found)
     if card.gated:
-        return Availability("GATED", "weights not on this machine", _accept(card))
+        return Availability("GATED", "weights not on this machine", _accept(entry))
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
         return Availability(
-            "OFFLINE", "weights not on this machine, HF_HUB_OFFLINE is set", _place(card)
+            "OFFLINE", "weights not on this machine, HF_HUB_OFFLINE is set", _place(entry)
         )
-    return Availability("NOT_CACHED", "weights not on this machine", _place(card))
+    return Availability("NOT_CACHED", "weights not on this machine", _place(entry))
 
 
 def local_weights(entry: Entry, given: Path | None = None) -> Path | None:
@@ -72,7 +72,7 @@ def local_weights(entry: Entry, given: Path | None = None) -> Path | None:
     if given is not None:
         return given if given.is_file() or _holds(given, entry.files) else None
     root = os.environ.get(WEIGHTS_VARIABLE)
-    own = Path(root) / entry.card.key if root else None
+    own = Path(root) / entry.folder if root else None
     if own is not None and _holds(own, entry.files):
         return own
     cached = cached_snapshot(entry.card)
@@ -100,7 +100,7 @@ def require_weights(
             f"{' or '.join(entry.files)}{_prepared(card)}"
         )
     if allow_network and found.status != "OFFLINE":
-        return _fetched(card)
+        return _fetched(entry)
     raise CheckpointError(f"encoder {card.key}: {found.reason}: {found.cure}")
 
 
@@ -148,7 +148,7 @@ def _holds(folder: Path, patterns: Sequence[str]) -> bool:
     return folder.is_dir() and any(next(folder.glob(one), None) for one in patterns)
 
 
-def _fetched(card: EncoderCard) -> Path:
+def _fetched(entry: Entry) -> Path:
     """Fetch a repository from the hub.
 
     Raises:
@@ -157,18 +157,19 @@ def _fetched(card: EncoderCard) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
+    card = entry.card
     try:
         return Path(snapshot_download(card.source, revision=card.revision))
     except GatedRepoError as error:  # a kind of RepositoryNotFoundError: it comes first
-        raise CheckpointError(f"encoder {card.key}: access refused: {_accept(card)}") from error
+        raise CheckpointError(f"encoder {card.key}: access refused: {_accept(entry)}") from error
     except RepositoryNotFoundError as error:
         raise CheckpointError(
-            f"encoder {card.key}: the hub has no {card.source} for this account: {_accept(card)}"
+            f"encoder {card.key}: the hub has no {card.source} for this account: {_accept(entry)}"
         ) from error
     except (OSError, ValueError) as error:
         first = str(error).splitlines()[0]
         raise CheckpointError(
-            f"encoder {card.key}: can't be fetched ({first}): {_place(card)}"
+            f"encoder {card.key}: can't be fetched ({first}): {_place(entry)}"
         ) from error
 
 
@@ -178,17 +179,19 @@ def _install(card: EncoderCard, absent: list[str]) -> str:
     )
 
 
-def _accept(card: EncoderCard) -> str:
+def _accept(entry: Entry) -> str:
+    card = entry.card
     return (
         f"accept the licence at {card.licence_url}, then put the files in "
-        f"${WEIGHTS_VARIABLE}/{card.key}, or fetch them with model.allow_download=true"
+        f"${WEIGHTS_VARIABLE}/{entry.folder}, or fetch them with model.allow_download=true"
         f"{_prepared(card)}"
     )
 
 
-def _place(card: EncoderCard) -> str:
+def _place(entry: Entry) -> str:
+    card = entry.card
     return (
-        f"put the files of {card.source} in ${WEIGHTS_VARIABLE}/{card.key} (licence: "
+        f"put the files of {card.source} in ${WEIGHTS_VARIABLE}/{entry.folder} (licence: "
         f"{card.licence_url}), or fetch them with model.allow_download=true{_prepared(card)}"
     )
 

@@ -41,7 +41,13 @@ CARD = EncoderCard(
     extra="haidef",
     verified="random",
 )
-TINY = replace(CARD, embedding_dim=32, token_dim=32, input=InputSpec(size=56), options={})
+TINY = replace(
+    CARD,
+    embedding_dim=32,
+    token_dim=32,
+    input=InputSpec(size=56),
+    options={name: replace(spec, size=56) for name, spec in CARD.options.items()},
+)
 TEXT_TOKENS = 64
 """Length that a class description is padded to."""
 

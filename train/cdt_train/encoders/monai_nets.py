@@ -72,10 +72,33 @@ def _medicalnet(card: EncoderCard) -> Any:
 
 
 def _swin(card: EncoderCard) -> Any:
-    from monai.networks.nets import SwinUNETR
+    from monai.networks.nets import SwinUNETR, swin_unetr
 
+    swin_unetr.compute_mask = _kept(swin_unetr.compute_mask)
     width = card.embedding_dim // 16
     return SwinUNETR(in_channels=1, out_channels=14, feature_size=width, spatial_dims=3).swinViT
+
+
+def _kept(compute: Any) -> Any:
+    """Take the thousands of steps to an attention mask once: it depends on sizes alone.
+
+    An export that recorded them would take ten minutes, one that holds the masks 200 MB. What is
+    kept is which voxels of a window may see each other, as a number each.
+    """
+    if hasattr(compute, "groups"):
+        return compute
+    groups: dict[Any, Tensor] = {}
+
+    def mask(dims: Any, window: Any, shift: Any, device: Any) -> Tensor:
+        key = (*map(int, (*dims, *window, *shift)), str(device))
+        if key not in groups:
+            groups[key] = (compute(dims, window, shift, device) == 0).int().argmax(dim=2)
+        own = groups[key]
+        apart = own.unsqueeze(1) != own.unsqueeze(2)
+        return apart.float() * -100.0
+
+    mask.groups = groups  # type: ignore[attr-defined]
+    return mask
 
 
 def _ctfm(card: EncoderCard) -> Any:
@@ -145,6 +168,6 @@ def _entry(card: EncoderCard, make: Any, width: int, side: int) -> Entry:
 
 ENTRIES = (
     _entry(MEDICALNET, _medicalnet, 64, 32),
-    _entry(SWIN, _swin, 192, 64),
+    _entry(SWIN, _swin, 192, 32),
     _entry(CTFM, _ctfm, 128, 32),
 )

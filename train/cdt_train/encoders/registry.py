@@ -3,6 +3,7 @@
     KEY            an encoder of `ENCODERS`
     timm:NAME      any model of timm that gives features
     slices:KEY     a tile encoder that looks at the slices of a CT
+    KEY@OPTION     one to which images are shown in another way that was published
 
 Nothing falls back: weights are there whole, or it is an error. Random weights are made only where
 they are asked for by name, and are marked in all that is made with them.
@@ -11,6 +12,7 @@ they are asked for by name, and are marked in all that is made with them.
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +20,7 @@ from typing import TYPE_CHECKING
 from cdt_runtime.encoder_card import EncoderCard
 from cdt_runtime.errors import RecipeError
 from cdt_train.encoders import dinov2, medgemma, medsiglip, monai_nets, path_foundation, timm_vits
-from cdt_train.encoders.entry import Entry, random_card
+from cdt_train.encoders.entry import SHOWN_AS, SLICES, Entry, random_card
 from cdt_train.encoders.look_up import require_weights, weights_identity
 
 if TYPE_CHECKING:
@@ -34,7 +36,6 @@ _ENTRIES: tuple[Entry, ...] = (
 )
 ENCODERS: dict[str, Entry] = {entry.card.key: entry for entry in _ENTRIES}
 
-SLICES = "slices:"
 TINY_RANDOM = "tiny-random"
 """In place of a path of weights: a tiny encoder of the same architecture that knows nothing."""
 
@@ -47,6 +48,9 @@ def entry_of(key: str) -> Entry:
     """
     if key in ENCODERS:
         return ENCODERS[key]
+    bare, mark, option = key.partition(SHOWN_AS)
+    if mark:
+        return _shown_as(entry_of(bare), option)
     if key.startswith(timm_vits.PREFIX):
         return timm_vits.any_model(key)
     if key.startswith(SLICES):
@@ -69,12 +73,38 @@ def _of_slices(entry: Entry) -> Entry:
         seen = replace(card.input, volume=medgemma.WINDOWS, mpp=())
         return replace(card, key=f"{SLICES}{card.key}", modality="ct", input=seen, options={})
 
+    return _renamed(entry, shown)
+
+
+def _shown_as(entry: Entry, option: str) -> Entry:
+    """Show images to an encoder in another of the ways that were published.
+
+    Raises:
+        RecipeError: there is none of that name.
+    """
+    known = entry.card.options
+    if option not in known:
+        raise RecipeError(
+            f"encoder {entry.card.key}{SHOWN_AS}{option}: {option!r} is none of the published "
+            f"ways to prepare images for it: {', '.join(known) or 'there is one alone'}"
+        )
+    return _renamed(
+        entry,
+        lambda card: replace(
+            card, key=f"{card.key}{SHOWN_AS}{option}", input=card.options[option], options={}
+        ),
+    )
+
+
+def _renamed(entry: Entry, change: Callable[[EncoderCard], EncoderCard]) -> Entry:
+    """Describe the same net under a card of another key and input."""
+
     def own(card: EncoderCard) -> EncoderCard:
-        return replace(card, key=entry.card.key, modality="tile")
+        return replace(card, key=entry.card.key, modality=entry.card.modality)
 
     return Entry(
-        shown(entry.card),
-        shown(entry.tiny),
+        change(entry.card),
+        change(entry.tiny),
         lambda card: entry.random(own(card)),
         lambda path, card: entry.load(path, own(card)),
         entry.files,
