@@ -204,9 +204,11 @@ def _weights(model: ModelProto, *kinds: str) -> dict[str, tuple[Any, str]]:
 
 
 def _weight_bytes(model: ModelProto) -> int:
-    from onnx import numpy_helper
+    """Bytes of all weights; tables of places, which are whole numbers, are none."""
+    from onnx import TensorProto, numpy_helper
 
-    return sum(numpy_helper.to_array(one).nbytes for one in model.graph.initializer)
+    floats = [one for one in model.graph.initializer if one.data_type == TensorProto.FLOAT]
+    return sum(numpy_helper.to_array(one).nbytes for one in floats)
 
 
 def _replace_weight(model: ModelProto, old: str, new: str) -> None:

@@ -164,8 +164,10 @@ class Encoders:
         return found
 
 
-def rgb_bytes(pixels: NDArray[Any], bits: int, channels: Sequence[str], name: str) -> Bytes:
-    """Show the centre square of an RGB tile in bytes, `(S, S, 3)`.
+def rgb_bytes(
+    pixels: NDArray[Any], bits: int, channels: Sequence[str], name: str, *, whole: bool = False
+) -> Bytes:
+    """Show an RGB tile in bytes, `(H, W, 3)`: its centre square, or the whole of it.
 
     Raises:
         TileError: its channels are others.
@@ -175,7 +177,7 @@ def rgb_bytes(pixels: NDArray[Any], bits: int, channels: Sequence[str], name: st
             f"{name}: has the channels {', '.join(channels)}; foundation encoders take R, G, B: "
             f"train without model.encoders"
         )
-    squared = centre_square(pixels)
+    squared = pixels if whole else centre_square(pixels)
     if squared.dtype == np.uint8:
         return np.ascontiguousarray(squared)
     shown: Bytes = np.rint(unit_range(squared, bits, name=name) * 255).astype(np.uint8)

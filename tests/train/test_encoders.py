@@ -222,31 +222,6 @@ def test_slices_show_three_windows_and_are_spread_evenly() -> None:
     assert last == [round((1024 + 99) / 2048 * 255), round(234 / 350 * 255), 255]
 
 
-def test_scores_against_descriptions_are_the_librarys(tmp_path: Path) -> None:
-    from transformers import SiglipConfig, SiglipModel
-
-    from cdt_train.encoders.medsiglip import load_text, vision_config, zero_shot
-
-    text = {
-        **{"vocab_size": 99, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2},
-        **{"num_attention_heads": 4, "max_position_embeddings": 16, "projection_size": 32},
-        **{"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1},
-    }
-    card = ENCODERS["medsiglip"].tiny
-    config = SiglipConfig(text_config=text, vision_config=vision_config(card).to_dict())
-    torch.manual_seed(0)
-    whole = SiglipModel(config).eval()
-    whole.save_pretrained(tmp_path)
-    ids = torch.randint(2, 99, (4, 16), generator=torch.Generator().manual_seed(1))
-    images = torch.randn(3, 3, 56, 56, generator=torch.Generator().manual_seed(2))
-    tower = ENCODERS["medsiglip"].load(tmp_path, card).eval()
-    describe, scale, bias = load_text(tmp_path)
-    with torch.no_grad():
-        ours = zero_shot(tower(images)[0], describe(ids), scale, bias)
-        expected = whole(input_ids=ids, pixel_values=images).logits_per_image
-    assert torch.allclose(ours, expected, atol=1e-4)
-
-
 def toy_entry(**changes: Any) -> Entry:
     return replace(
         ENCODERS["medsiglip"], card=replace(ENCODERS["medsiglip"].card, packages=(), **changes)
@@ -384,7 +359,9 @@ def test_an_encoder_can_be_shown_tiles_in_another_published_way(
     assert other.card.to_dict()["key"] == "medsiglip@padded"
     images = torch.randn(2, 3, 56, 56, generator=torch.Generator().manual_seed(0))
     assert torch.equal(first.encode(images).embedding, other.encode(images).embedding)
-    with pytest.raises(RecipeError, match=r"'round' is none of the published ways .*: bicubic, tf_"):
+    with pytest.raises(
+        RecipeError, match=r"'round' is none of the published ways .*: bicubic, tf_"
+    ):
         entry_of("medsiglip@round")
     with pytest.raises(RecipeError, match="there is one alone"):
         entry_of("uni@padded")

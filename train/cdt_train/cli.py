@@ -25,8 +25,10 @@ Other commands; each has --help:
   cdt-train evaluate MODEL                 a checkpoint or a bundle, once more
   cdt-train finetune DATA --layout NAME    a backbone on labelled images
   cdt-train compare DATA --layout NAME     pretrained starts, with controls
-  cdt-train encoders                       foundation encoders, and which are ready here
-  cdt-train convert path-foundation DIR    its SavedModel to ONNX, once, by TensorFlow
+  cdt-train encoders                       which foundation encoders are here
+  cdt-train convert path-foundation DIR    SavedModel to ONNX, once
+  cdt-train zero-shot TILE --class A=TEXT  classes in words, by MedSigLIP
+  cdt-train describe CT_DIR                a CT in words, by MedGemma
 
 \b
 DATA holds
@@ -47,6 +49,8 @@ COMMANDS = {
     "compare": "cdt_train.cli_finetune:compare_command",
     "encoders": "cdt_train.cli_encoders:encoders_command",
     "convert": "cdt_train.cli_encoders:convert_command",
+    "zero-shot": "cdt_train.cli_words:zero_shot_command",
+    "describe": "cdt_train.cli_words:describe_command",
 }
 """What the first argument may name in place of an option or a KEY=VALUE."""
 

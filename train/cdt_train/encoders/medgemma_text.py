@@ -173,6 +173,23 @@ def load_language_model(
     return LanguageModel(net.eval(), card, weights_identity(path), quantised)
 
 
+def load_processor(path: Path) -> Any:
+    """Load what brings messages to token ids and pixels; it lies beside the weights.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    from transformers import AutoProcessor
+
+    try:
+        return AutoProcessor.from_pretrained(path, local_files_only=True, use_fast=False)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path}: no processor that can be read: put the tokenizer and preprocessor files of "
+            f"the same repository there"
+        ) from error
+
+
 def messages(slices: Sequence[NDArray[np.uint8]], question: str) -> list[dict[str, Any]]:
     """Lay out what is asked: the instruction, each slice with its number, the question."""
     from PIL import Image

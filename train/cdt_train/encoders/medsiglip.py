@@ -1,4 +1,4 @@
-"""MedSigLIP-448: image and text towers that were trained to agree on medical images.
+"""MedSigLIP-448: the image tower. Its text tower is in `medsiglip_text`.
 
 Sources: the model card and repository of google/medsiglip-448; SigLIP, Zhai et al. 2023.
 """
@@ -48,8 +48,6 @@ TINY = replace(
     input=InputSpec(size=56),
     options={name: replace(spec, size=56) for name, spec in CARD.options.items()},
 )
-TEXT_TOKENS = 64
-"""Length that a class description is padded to."""
 
 
 def vision_config(card: EncoderCard, *, head: bool = True) -> Any:
@@ -99,67 +97,6 @@ def load(path: Path, card: EncoderCard) -> nn.Module:
     load_exactly(tower.net, read_tensors(path, behind("vision_model.")), path)
     found: nn.Module = tower
     return found
-
-
-def zero_shot(images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    """Score images against class descriptions.
-
-    Args:
-        images: `(B, D)` embeddings of the image tower.
-        texts: `(K, D)` embeddings of the text tower, of descriptions padded to 64 tokens.
-        scale: logarithm of the factor, as the weights hold it.
-        bias: added to every score.
-
-    Returns:
-        `(B, K)` logits; their sigmoid is the probability that image and description agree.
-
-    Source: Zhai et al. 2023, eq. 1.
-    """
-    from torch.nn.functional import normalize
-
-    return scale.exp() * normalize(images, dim=1) @ normalize(texts, dim=1).T + bias
-
-
-def load_text(path: Path) -> tuple[nn.Module, Tensor, Tensor]:
-    """Load the text tower with the scale and bias of `zero_shot`.
-
-    Returns:
-        A module that brings token ids `(K, 64)` to embeddings `(K, D)`, scale and bias.
-
-    Raises:
-        CheckpointError: a tensor is missing or of another shape.
-    """
-    from torch import nn
-    from transformers import SiglipConfig, SiglipTextModel
-
-    from cdt_train.encoders.tensors import behind, load_exactly, read_tensors
-
-    class Tower(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = SiglipTextModel(SiglipConfig.from_pretrained(path).text_config)
-
-        def forward(self, ids: Tensor) -> Tensor:
-            found: Tensor = self.net(input_ids=ids).pooler_output
-            return found
-
-    tower = Tower()
-    tensors = read_tensors(path, behind("text_model.", "logit_scale", "logit_bias"))
-    factors = _Factors()
-    load_exactly(factors.net, {k: v for k, v in tensors.items() if k.startswith("logit")}, path)
-    load_exactly(tower.net, tensors, path)
-    return tower.eval(), factors.net.logit_scale.detach(), factors.net.logit_bias.detach()
-
-
-class _Factors:
-    """The two figures of `zero_shot`, as a network whose tensors have to be there."""
-
-    def __init__(self) -> None:
-        import torch
-
-        self.net: Any = torch.nn.Module()
-        self.net.logit_scale = torch.nn.Parameter(torch.zeros(1))
-        self.net.logit_bias = torch.nn.Parameter(torch.zeros(1))
 
 
 ENTRY = Entry(CARD, TINY, image_tower, load)

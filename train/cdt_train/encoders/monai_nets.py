@@ -37,6 +37,7 @@ MEDICALNET = EncoderCard(
     pooling="mean over the last stage",
     input=_spec(((-1000.0, 1000.0),), (64, 128, 128)),
     packages=("monai",),
+    extra="monai",
     verified="random",
 )
 SWIN = replace(
