@@ -1,61 +1,146 @@
-"""What a foundation encoder of full size takes to export, without its weights.
+"""What foundation encoders of full size cost, without their weights.
 
     python benchmarks/encoders.py [--encoder KEY] [--quantize METHOD ...]
 
-Builds the encoder with random weights, exports it and keeps its weights in fewer bits, each in a
-process of its own: sizes, cosine with PyTorch, seconds and peak memory. What weights say does not
-change what they cost; accuracy needs the real ones. Writes `benchmarks/results/encoders.json` and
-the table of the README.
+Counts weights and operations of every encoder whose library is here. Then builds one with random
+weights, exports it and keeps its weights in fewer bits, each way in a process of its own: sizes,
+cosine with PyTorch, seconds an image and peak memory. What weights say does not change what they
+cost; accuracy needs the real ones. Writes `benchmarks/results/encoders.json` and the tables of the
+README and of docs/encoders.md.
 """
 
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
 import time
-from typing import Any
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
 import click
-from records import README, markdown, read_results, with_block, write_result
+from records import README, ROOT, markdown, read_results, with_block, write_result
+
+if TYPE_CHECKING:
+    from cdt_train.encoders.entry import Entry
 
 METHODS = ("none", "fp16", "int8", "int4")
+DOCS = ROOT / "docs" / "encoders.md"
 CODE = """
-import json, sys
-from cdt_export.foundation import export_encoder
+import json, re, sys, time
+from pathlib import Path
+from cdt_export.foundation import export_encoder, trial_images
+from cdt_runtime.backends import open_session
 from cdt_train.encoders.foundation import made_random
 from cdt_train.encoders.registry import entry_of
-encoder = made_random(entry_of(sys.argv[1]), tiny=False, seed=0)
-print(json.dumps(export_encoder(encoder, sys.argv[2]).report))
-sys.stderr.write(open("/proc/self/status").read())
+
+def peak():
+    return int(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1]) / 2**20
+
+if sys.argv[3:]:
+    session = open_session("onnxruntime", Path(sys.argv[3]).read_bytes())
+    (image, *_) = trial_images(entry_of(sys.argv[1]).card.input)
+    taken = []
+    for _ in range(4):
+        started = time.perf_counter()
+        session.run({"images": image[None]})
+        taken.append(time.perf_counter() - started)
+    print(json.dumps({"seconds_an_image": sorted(taken)[1], "peak_gib": peak()}))
+else:
+    encoder = made_random(entry_of(sys.argv[1]), tiny=False, seed=0)
+    exported = export_encoder(encoder, sys.argv[2])
+    Path("encoder.onnx").write_bytes(exported.onnx)
+    print(json.dumps({**exported.report, "peak_gib": peak()}))
 """
+UNKNOWN = ("path-foundation",)
+"""Of it only the number of weights is published."""
 
 
-def measure(key: str, method: str) -> dict[str, Any]:
-    """Export one encoder one way, in a process of its own."""
+def measure(key: str, method: str, folder: str) -> dict[str, Any]:
+    """Export one encoder one way, and run it alone."""
     started = time.monotonic()
-    line = [sys.executable, "-c", CODE, key, method]
-    done = subprocess.run(line, capture_output=True, text=True)
-    if done.returncode:
-        raise click.ClickException(f"{key} {method}: {done.stderr.strip().splitlines()[-1]}")
-    peak = re.search(r"VmHWM:\s*(\d+) kB", done.stderr)
-    report: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    report = _in_process(folder, key, method)
     seconds = time.monotonic() - started
-    return {**report, "seconds": seconds, "peak_gib": int(peak[1]) / 2**20 if peak else None}
+    alone = _in_process(folder, key, method, "encoder.onnx")
+    return {**report, "seconds": seconds, "run": alone}
+
+
+def _in_process(folder: str, *words: str) -> dict[str, Any]:
+    line = [sys.executable, "-c", CODE, *words]
+    done = subprocess.run(line, capture_output=True, text=True, cwd=folder)
+    if done.returncode:
+        raise click.ClickException(f"{' '.join(words)}: {done.stderr.strip().splitlines()[-1]}")
+    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
+
+
+def cost(entry: Entry) -> dict[str, Any]:
+    """Count the weights of an encoder and the operations of one image, slice or volume."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    spec = entry.card.input
+    whole = spec.volume is not None and spec.volume.shape is not None
+    shape = (3, spec.size, spec.size)
+    if spec.volume is not None and spec.volume.shape is not None:
+        shape = (len(spec.volume.windows), *spec.volume.shape)
+    # Nets of slices and tiles are counted without memory; MONAI's can't be built so, and are small.
+    with torch.device("cpu" if whole else "meta"), torch.no_grad():
+        net = entry.random(entry.card).eval()
+        with FlopCounterMode(display=False) as counter:
+            net(torch.zeros((1, *shape)))
+    weights = sum(one.numel() for one in net.parameters())
+    return {"weights": weights, "flop": counter.get_total_flops()}
+
+
+def costs(known: dict[str, Any]) -> dict[str, Any]:
+    """Count what can be counted here; keep what was counted elsewhere."""
+    from cdt_train.encoders.registry import ENCODERS
+
+    found = dict(known)
+    for key, entry in ENCODERS.items():
+        here = all(find_spec(name) for name in entry.card.packages)
+        if here and key not in UNKNOWN:
+            click.echo(f"{key} ...", err=True)
+            found[key] = cost(entry)
+    return {key: found[key] for key in ENCODERS if key in found}
+
+
+def cost_table(found: dict[str, Any]) -> str:
+    """A row an encoder."""
+    from cdt_train.encoders.registry import ENCODERS
+
+    head = ("key", "looks at", "width", "licence", "weights", "float32 / int8", "work")
+    rows = []
+    for key, entry in ENCODERS.items():
+        card, one = entry.card, found.get(key)
+        volume = card.input.volume
+        looks = "tiles" if volume is None else "CT" if volume.shape else "slices of a CT"
+        each = "tile" if volume is None else "volume" if volume.shape else "slice"
+        terms = f"[{card.licence}]({card.licence_url})" + (", gated" if card.gated else "")
+        weights = size = work = "–"
+        if one:
+            weights = f"{one['weights'] / 1e6:.0f} M"
+            size = f"{one['weights'] * 4e-6:.0f} / {one['weights'] * 1.13e-6:.0f} MB"
+            work = f"{one['flop'] / 1e9:.0f} GFLOP a {each}"
+        rows.append((f"`{key}`", looks, f"{card.embedding_dim}", terms, weights, size, work))
+    return markdown(head, rows)
 
 
 def table(found: dict[str, dict[str, Any]]) -> str:
     """A row each export."""
-    head = ("encoder", "kept as", "MB", "of its bytes", "min cosine", "peak memory, GiB")
+    base = found["medsiglip none"]["run"]["seconds_an_image"]
+    head = ("encoder", "weights kept as", "MB", "share of their bytes", "least cosine")
+    head += ("memory to export, to run (GiB)", "time an image")
     rows = [
         (
             one["encoder"],
-            one["quantize"],
+            {"none": "float32", "fp16": "float16"}.get(one["quantize"], one["quantize"]),
             f"{one['bytes'] / 1e6:.0f}",
-            f"{one['bytes_covered']:.1%} covered",
-            f"{one['embedding']['min_cosine']:.6f}",
-            f"{one['peak_gib']:.1f}",
+            f"{one['bytes_covered']:.1%}" if one["bytes_covered"] else "–",
+            f"{one['embedding']['min_cosine']:.5f}",
+            f"{one['peak_gib']:.1f}, {one['run']['peak_gib']:.1f}",
+            f"{one['run']['seconds_an_image'] / base:.2f}",
         )
         for one in found.values()
     ]
@@ -65,18 +150,27 @@ def table(found: dict[str, dict[str, Any]]) -> str:
 @click.command()
 @click.option("--encoder", default="medsiglip", show_default=True)
 @click.option("--quantize", multiple=True, default=METHODS, show_default=True)
-@click.option("--table", "only_table", is_flag=True, help="Only renew the README.")
-def main(encoder: str, quantize: tuple[str, ...], only_table: bool) -> None:
-    """Export an encoder of full size with random weights, in several ways."""
+@click.option("--costs", "only_costs", is_flag=True, help="Only count.")
+@click.option("--table", "only_table", is_flag=True, help="Only renew the tables.")
+def main(encoder: str, quantize: tuple[str, ...], only_costs: bool, only_table: bool) -> None:
+    """Tell what encoders cost, and export one of full size in several ways."""
+    import tempfile
+
+    found = read_results().get("encoders", {}).get("figures", {"costs": {}, "exports": {}})
     if not only_table:
-        started, found = time.monotonic(), {}
-        for method in quantize:
+        started = time.monotonic()
+        found["costs"] = costs(found["costs"])
+        for method in () if only_costs else quantize:
             click.echo(f"{encoder} {method} ...", err=True)
-            found[f"{encoder} {method}"] = measure(encoder, method)
+            with tempfile.TemporaryDirectory() as folder:
+                found["exports"][f"{encoder} {method}"] = measure(encoder, method, folder)
         command = f"python benchmarks/encoders.py --encoder {encoder}"
         click.echo(write_result("encoders", [command], time.monotonic() - started, found))
-    block = "\n" + table(read_results()["encoders"]["figures"]) + "\n"
-    README.write_text(with_block(README.read_text("utf-8"), "encoders", block), "utf-8")
+    for path, name, text in (
+        (README, "encoders", table(found["exports"])),
+        (DOCS, "costs", cost_table(found["costs"])),
+    ):
+        path.write_text(with_block(path.read_text("utf-8"), name, f"\n{text}\n"), "utf-8")
 
 
 if __name__ == "__main__":

@@ -6,14 +6,14 @@ import json
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from cdt_export.onnx import OPSET, quiet_exporter, rename_values, strip_notes
-from cdt_export.weight_only import Coverage, Quantize, quantise
+from cdt_export.weight_only import Quantize, quantise, weight_bytes
 from cdt_runtime.backends import open_session
 from cdt_runtime.bundle import write_folder
 from cdt_runtime.encoder_card import EncoderCard, InputSpec
@@ -22,6 +22,9 @@ from cdt_runtime.encoders import rgb_bytes
 from cdt_runtime.errors import ExportError
 from cdt_runtime.tile import read_tile
 from cdt_train.encoders.foundation import FoundationEncoder
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
 
 OPTIMUM = ("siglip_vision_model", "dinov2", "vit")
 """Architectures whose export optimum describes."""
@@ -83,18 +86,13 @@ def export_encoder(encoder: FoundationEncoder, method: Quantize = "none") -> Exp
         ExportError: too little is covered, it is too large for one file, answers do not hang on
             the image, or are too far from PyTorch's.
     """
-    import onnx
-
     images = trial_images(encoder.card.input)
     expected = encoder.encode(torch.from_numpy(images))
     _require_difference(encoder.card, expected.embedding.numpy())
-    way, plain = _exported(encoder)
-    before = len(plain)
-    coverage = Coverage(0.0, 0.0)
-    data = plain
-    if method != "none":
-        made, coverage = quantise(onnx.load_from_string(plain), method)
-        data = made.SerializeToString()
+    way, model = _exported(encoder)
+    before = weight_bytes(model)
+    model, coverage = quantise(model, method)
+    data = _serialised(encoder.card, model)
     found = open_session("onnxruntime", data).run({"images": images})
     figures = compared(expected.embedding.numpy(), found["embedding"])
     least = LEAST_COSINE[method]
@@ -230,16 +228,29 @@ def compared(expected: NDArray[Any], found: NDArray[Any]) -> dict[str, float]:
     }
 
 
-def _exported(encoder: FoundationEncoder) -> tuple[str, bytes]:
+def _serialised(card: EncoderCard, model: ModelProto) -> bytes:
+    """Write a graph to bytes.
+
+    Raises:
+        ExportError: it is too large for that.
+    """
+    size = sum(len(one.raw_data) for one in model.graph.initializer)
+    if size > LIMIT:
+        raise ExportError(
+            f"encoder {card.key}: its weights take {size / 2**30:.1f} GiB, one ONNX file holds 2: "
+            f"give --quantize int8 or int4"
+        )
+    data: bytes = model.SerializeToString()
+    return data
+
+
+def _exported(encoder: FoundationEncoder) -> tuple[str, ModelProto]:
     """Export in float32, by optimum where it knows the architecture."""
+    import onnx
+
     module: Any = encoder.module
     if isinstance(getattr(module, "onnx", None), bytes):
-        return "as it came", module.onnx
-    if _largest(module) > LIMIT:
-        raise ExportError(
-            f"encoder {encoder.card.key}: its weights take {_largest(module) / 2**30:.1f} GiB, one "
-            f"ONNX file holds 2: it can't be shipped in a bundle"
-        )
+        return "as it came", onnx.load_from_string(module.onnx)
     net = getattr(module, "net", None)
     kind = getattr(getattr(net, "config", None), "model_type", None)
     if kind in OPTIMUM:
@@ -247,11 +258,7 @@ def _exported(encoder: FoundationEncoder) -> tuple[str, bytes]:
     return "torch.onnx", _by_torch(encoder)
 
 
-def _largest(module: torch.nn.Module) -> int:
-    return sum(one.numel() * 4 for one in module.state_dict().values())
-
-
-def _by_torch(encoder: FoundationEncoder) -> bytes:
+def _by_torch(encoder: FoundationEncoder) -> ModelProto:
     batch = torch.export.Dim("batch")
     names = ["encoder_embedding"]
     names += [] if encoder.card.token_dim is None else ["encoder_tokens"]
@@ -270,11 +277,10 @@ def _by_torch(encoder: FoundationEncoder) -> bytes:
     model = program.model_proto
     rename_values(model, {name: name.removeprefix("encoder_") for name in names})
     strip_notes(model)
-    data: bytes = model.SerializeToString()
-    return data
+    return model
 
 
-def _by_optimum(net: Any, kind: str) -> bytes:
+def _by_optimum(net: Any, kind: str) -> ModelProto:
     """Export a model of transformers by optimum's description of it."""
     import onnx
     from optimum.exporters.onnx import export
@@ -290,8 +296,7 @@ def _by_optimum(net: Any, kind: str) -> bytes:
     named = {"pixel_values": "images", "pooler_output": "embedding", "last_hidden_state": "tokens"}
     rename_values(model, named)
     strip_notes(model)
-    data: bytes = model.SerializeToString()
-    return data
+    return model
 
 
 def _require_difference(card: EncoderCard, embeddings: NDArray[Any]) -> None:

@@ -8,6 +8,7 @@ every other method, in 8 bits: there are no operators for fewer.
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ import numpy as np
 from cdt_runtime.errors import ExportError
 
 if TYPE_CHECKING:
-    from onnx import ModelProto
+    from onnx import ModelProto, TensorProto
 
 Quantize = Literal["none", "fp16", "int8", "int8-qdq", "int4", "nf4"]
 METHODS: tuple[Quantize, ...] = get_args(Quantize)
@@ -61,8 +62,8 @@ def quantise(model: ModelProto, method: Quantize) -> tuple[ModelProto, Coverage]
     Raises:
         ExportError: too little of the graph is covered.
     """
-    total = _weight_bytes(model)
-    sizes = {name: weight.nbytes for name, (weight, _) in _weights(split_gemm(model)).items()}
+    total = weight_bytes(model)
+    sizes = {name: _bytes(one) for name, (one, _) in _weights(split_gemm(model)).items()}
     if method == "none":
         return model, Coverage(0.0, 0.0)
     with _quiet():
@@ -153,8 +154,9 @@ def _halves(model: ModelProto) -> ModelProto:
     from onnx import TensorProto, helper, numpy_helper
 
     casts = []
-    for name, (weight, _) in _weights(model).items():
-        kept = numpy_helper.from_array(weight.astype(np.float16), f"{name}_half")
+    for name, (one, _) in _weights(model).items():
+        halves = numpy_helper.to_array(one).astype(np.float16)
+        kept = numpy_helper.from_array(halves, f"{name}_half")
         model.graph.initializer.append(kept)
         casts.append(helper.make_node("Cast", [kept.name], [f"{name}_full"], to=TensorProto.FLOAT))
         _replace_weight(model, name, f"{name}_full")
@@ -166,9 +168,9 @@ def _qdq(model: ModelProto, *kinds: str) -> ModelProto:
     from onnx import helper, numpy_helper
 
     unpacked = []
-    for name, (weight, kind) in _weights(model, *(kinds or OUTPUT_AXIS)).items():
-        axis = OUTPUT_AXIS[kind]
-        others = tuple(one for one in range(weight.ndim) if one != axis)
+    for name, (one, kind) in _weights(model, *kinds).items():
+        weight, axis = numpy_helper.to_array(one), OUTPUT_AXIS[kind]
+        others = tuple(place for place in range(weight.ndim) if place != axis)
         scale = (np.abs(weight).max(axis=others) / 127).clip(min=1e-12).astype(np.float32)
         steps = np.rint(weight / np.expand_dims(scale, others)).clip(-127, 127).astype(np.int8)
         parts = {"steps": steps, "scale": scale, "zero": np.zeros_like(scale, dtype=np.int8)}
@@ -189,26 +191,29 @@ _WAYS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def _weights(model: ModelProto, *kinds: str) -> dict[str, tuple[Any, str]]:
+def _weights(model: ModelProto, *kinds: str) -> dict[str, tuple[TensorProto, str]]:
     """Constant weights of matrix products (two-dimensional) and convolutions, with their kind."""
-    from onnx import numpy_helper
-
     constants = {one.name: one for one in model.graph.initializer if len(one.dims) >= 2}
     found = {}
     for node in model.graph.node:
         if node.op_type in (kinds or OUTPUT_AXIS) and node.input[1] in constants:
             one = constants[node.input[1]]
             if node.op_type != "MatMul" or len(one.dims) == 2:
-                found[one.name] = (numpy_helper.to_array(one), node.op_type)
+                found[one.name] = (one, node.op_type)
     return found
 
 
-def _weight_bytes(model: ModelProto) -> int:
+def weight_bytes(model: ModelProto) -> int:
     """Bytes of all weights; tables of places, which are whole numbers, are none."""
-    from onnx import TensorProto, numpy_helper
+    from onnx import TensorProto
 
     floats = [one for one in model.graph.initializer if one.data_type == TensorProto.FLOAT]
-    return sum(numpy_helper.to_array(one).nbytes for one in floats)
+    return sum(map(_bytes, floats))
+
+
+def _bytes(weight: TensorProto) -> int:
+    size: int = 4 * math.prod(weight.dims)
+    return size
 
 
 def _replace_weight(model: ModelProto, old: str, new: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cdt_runtime.answer import Answer, Judge
 from cdt_runtime.backends import Precision, Session, open_session
 from cdt_runtime.bundle import Bundle
 from cdt_runtime.cache import TokenCache, cache_dir
@@ -20,7 +21,7 @@ from cdt_runtime.ct_context import CtContexts
 from cdt_runtime.encoder_features import feature_layout, flat_features
 from cdt_runtime.encoder_session import bundle_cards, bundle_encoders, encoder_marks
 from cdt_runtime.errors import BackendError, PrototypeError, TileError
-from cdt_runtime.prediction import Context, CtChange, Prediction, TileInput, nearest
+from cdt_runtime.prediction import Context, Prediction, TileInput
 from cdt_runtime.preprocess import Preprocess
 from cdt_runtime.proof import Choice, choose_backend
 from cdt_runtime.prototypes import (
@@ -36,19 +37,6 @@ from cdt_runtime.tile_input import TileLike, prepare
 
 Float = NDArray[np.float32]
 CtLike = str | os.PathLike[str] | Volume | None
-
-
-@dataclass(frozen=True)
-class _Answer:
-    """What the engine says of one tile in one context."""
-
-    chances: dict[str, float]
-    distances: dict[str, float]
-    share_ms: float
-
-    @property
-    def best(self) -> str:
-        return max(self.chances, key=lambda name: self.chances[name])
 
 
 class FewShotClassifier:
@@ -152,12 +140,13 @@ class FewShotClassifier:
         Where the bundle does not rest on a CT, a second call tells what it would have changed.
         """
         off = self.prototypes.ct_off if context.used else None
+        judge = Judge(self.classes, self.prototypes.min_confidence, self.marks)
         for batch in _batches(tiles, self.batch_size):
             said = self.hear(_images(batch), len(batch))
             answers = self._answers(batch, self.context(None) if off else context, said)
             beside = self._answers(batch, context, said) if off else [None] * len(batch)
             for tile, answer, other in zip(batch, answers, beside, strict=True):
-                yield self._prediction(tile, answer, other, context, off)
+                yield judge.prediction(tile, answer, other, context, off)
 
     def embed(
         self, tiles: Sequence[TileLike], ct: CtLike | Context = None, **reading: Any
@@ -332,64 +321,19 @@ class FewShotClassifier:
 
     def _answers(
         self, batch: Sequence[TileInput], context: Context, features: Float | None
-    ) -> list[_Answer]:
+    ) -> list[Answer]:
         """Classify a batch in one context."""
         started = perf_counter()
         answers = self.classify(_arrays(batch), context, features)
         share_ms = _ms_since(started) / len(batch)
         return [
-            _Answer(
+            Answer(
                 dict(zip(self.classes, map(float, chances), strict=True)),
                 dict(zip(self.classes, map(float, distances), strict=True)),
                 share_ms,
             )
             for chances, distances in zip(*answers, strict=True)
         ]
-
-    def _prediction(
-        self,
-        tile: TileInput,
-        answer: _Answer,
-        beside: _Answer | None,
-        context: Context,
-        off: str | None,
-    ) -> Prediction:
-        reason = self._reason(tile, answer)
-        timings = {**context.timings_ms, "tile_read": tile.read_ms, "classify": answer.share_ms}
-        if beside:
-            timings["classify_with_ct"] = beside.share_ms
-        return Prediction(
-            tile=tile.name,
-            sha256=tile.sha256,
-            label=None if reason else answer.best,
-            probabilities=answer.chances,
-            distances=answer.distances,
-            abstained=reason is not None,
-            reason=reason,
-            ct=context.used and replace(context.used, off=off),
-            ct_change=self._change(tile, answer, beside) if beside else None,
-            channels=tile.channels,
-            warnings=(*tile.warnings, *self.marks),
-            timings_ms={name: round(value, 3) for name, value in timings.items()},
-        )
-
-    def _reason(self, tile: TileInput, answer: _Answer) -> str | None:
-        """Say why there is no answer, if there is none."""
-        if tile.blank:
-            return "no tissue: every channel is almost flat"
-        chance, least = answer.chances[answer.best], self.prototypes.min_confidence
-        if not chance >= least:
-            return (
-                f"low confidence: {chance:.2f} for {answer.best}, at least {least:.2f} is asked for"
-            )
-        return None
-
-    def _change(self, tile: TileInput, answer: _Answer, beside: _Answer) -> CtChange:
-        return CtChange(
-            label=None if self._reason(tile, beside) else beside.best,
-            nearest=nearest(beside.distances),
-            shift={name: beside.chances[name] - answer.chances[name] for name in self.classes},
-        )
 
     def _tokens(self, batch: Sequence[TileInput]) -> Float:
         inputs = _named(_arrays(batch), self.hear(_images(batch), len(batch)))

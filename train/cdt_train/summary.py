@@ -62,17 +62,21 @@ def reading(report: Mapping[str, Any]) -> str:
     found = [effect for effect in report["effect"] if effect["k"] == k and effect["of_ct"]]
     lines += [
         f"{effect['title']}, {k}-shot: {100 * effect['mean']:+.1f} points "
-        f"± {100 * effect['ci95']:.1f} over {effect['groups']} {report['grouped_by']}s (95 %): "
-        f"{effect['verdict']}."
+        f"± {100 * effect['ci95']:.1f} over {effect['groups']} {report['grouped_by']}s (95 %)"
+        + (f": {effect['verdict']}." if report["paired"] else ".")
         for effect in found
     ]
     if found:
         gains = [effect["mean"] - effect["ci95"] > 0 for effect in found]
-        lines.append(
-            "The CT helps: more than none, than a wrong patient's and than noise."
-            if all(gains)
-            else "No gain from the CT's content: it would have to beat every control."
-        )
+        if not report["paired"]:
+            lines.append(
+                "CT and tiles are of different patients: there is no gain to be had from what the "
+                "CT shows, and differences are chance."
+            )
+        elif all(gains):
+            lines.append("The CT helps: more than none, than a wrong patient's and than noise.")
+        else:
+            lines.append("No gain from the CT's content: it would have to beat every control.")
         whose = "the patient's own" if report["paired"] else "another patient's"
         lines.append(f"The CT is {whose}. Gate of the bridge by fold (0 is closed): {gates}.")
     else:
