@@ -8,6 +8,8 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import click
 import pytest
@@ -20,6 +22,8 @@ from cdt_train.cli import train_command
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCS = (ROOT / "docs" / "encoders.md").read_text(encoding="utf-8")
+BOTH = f"{README}\n{DOCS}"
 COMMANDS = {
     "cdt-train": train_command,
     "cdt-export": export_command,
@@ -27,8 +31,8 @@ COMMANDS = {
     "cdt-doctor": doctor_command,
 }
 SHOWN = sorted(
-    set(re.findall(r"`((?:cdt-\w+|make|pytest) [^`]+)`", README))
-    | set(re.findall(r"^\$ ((?:cdt-\w+|make|pytest)[^#\n]*)", README, flags=re.MULTILINE))
+    set(re.findall(r"`((?:cdt-\w+|make|pytest) [^`]+)`", BOTH))
+    | set(re.findall(r"^\$ ((?:cdt-\w+|make|pytest)[^#\n]*)", BOTH, flags=re.MULTILINE))
 )
 
 
@@ -71,7 +75,7 @@ def test_every_link_leads_somewhere(link: str) -> None:
 def test_every_key_of_a_recipe_shown_exists() -> None:
     from cdt_train.config import known_keys
 
-    shown = set(re.findall(r"\b((?:data|model|training)\.\w+)=", README))
+    shown = set(re.findall(r"\b((?:data|model|training)\.\w+)=", BOTH))
     assert shown
     assert shown <= set(known_keys())
 
@@ -90,3 +94,30 @@ def test_help_says_what_a_newcomer_needs_with_an_example(command: str) -> None:
     assert f"  {command} " in result.stdout.partition("Examples:")[2]
     assert "Research use only: not a medical device." in result.stdout
     assert max(len(line) for line in result.stdout.splitlines()) <= 80
+
+
+def test_the_encoder_of_ones_own_in_the_documentation_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    from cdt_train.encoders import registry
+
+    class Net(torch.nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.layer = torch.nn.Conv2d(3, width, 16, 16)
+
+        def forward(self, images: torch.Tensor) -> tuple[torch.Tensor]:
+            return (self.layer(images).mean(dim=(2, 3)),)
+
+    monkeypatch.setitem(sys.modules, "mine", SimpleNamespace(Net=Net))
+    (code,) = re.findall(r"```python\n(.*?)```", DOCS, flags=re.DOTALL)
+    found: dict[str, Any] = {}
+    exec(code, found)
+    monkeypatch.setitem(registry.ENCODERS, "mine", found["ENTRY"])
+    save_file(Net(384).state_dict(), tmp_path / "model.safetensors")
+    encoder = registry.load_encoder("mine", tmp_path)
+    assert encoder.encode(torch.zeros(2, 3, 224, 224)).embedding.shape == (2, 384)
+    assert encoder.card.origin == "weights"

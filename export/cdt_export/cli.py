@@ -123,22 +123,48 @@ def _export_encoders(
     as_json: bool,
 ) -> None:
     """Export foundation encoders alone, each to a folder of its own."""
-    from cdt_export.foundation import export_encoder, few_shot_change, write_encoder
+    from cdt_export.foundation import (
+        export_encoder,
+        few_shot_change,
+        labelled_tiles,
+        write_encoder,
+    )
     from cdt_export.report import encoders_text
     from cdt_train.encoders.registry import load_encoder
 
-    given = dict(pair.partition("=")[::2] for pair in weights)
+    names = [key.strip() for key in keys.split(",")]
+    given = _given(weights, names)
+    labelled = labelled_tiles(Path(tiles)) if tiles else None
     reports = []
-    for key in keys.split(","):
+    for key in names:
         encoder = load_encoder(key, given.get(key))
         exported = export_encoder(encoder, method)
-        if tiles:
-            exported.report["few_shot"] = few_shot_change(encoder, exported, Path(tiles))
+        if labelled:
+            exported.report["few_shot"] = few_shot_change(encoder, exported, labelled)
         root = Path(output) if output else Path("engines") / "encoders"
         folder = root / f"{exported.card.graph}-{method if method != 'none' else 'fp32'}"
         write_encoder(exported, folder)
         reports.append({**exported.report, "folder": str(folder)})
     click.echo(json.dumps(reports, indent=1) if as_json else encoders_text(reports))
+
+
+def _given(weights: tuple[str, ...], names: list[str]) -> dict[str, str]:
+    """Take KEY=PATH apart.
+
+    Raises:
+        click.UsageError: it is not of that form, or of no encoder that is to be exported.
+    """
+    given: dict[str, str] = {}
+    for pair in weights:
+        key, _, path = pair.partition("=")
+        if not path:
+            raise click.UsageError(f"--weights {pair!r}: expected KEY=PATH, or KEY=tiny-random")
+        if key not in names:
+            raise click.UsageError(
+                f"--weights {pair!r}: {key} is not among --encoders {','.join(names)}: add it there"
+            )
+        given[key] = path
+    return given
 
 
 def main() -> NoReturn:

@@ -136,41 +136,64 @@ def write_encoder(exported: ExportedEncoder, folder: Path) -> None:
     )
 
 
+@dataclass(frozen=True)
+class LabelledTiles:
+    """Tiles of a folder `CLASS/*`.
+
+    Attributes:
+        paths: of each.
+        labels: number of each one's class.
+    """
+
+    paths: tuple[Path, ...]
+    labels: NDArray[np.int64]
+
+
+def labelled_tiles(folder: Path) -> LabelledTiles:
+    """Find the tiles of a folder with a folder for each class.
+
+    Raises:
+        ExportError: fewer than two classes of three tiles.
+    """
+    paths = tuple(path for path in sorted(folder.glob("*/*")) if path.is_file())
+    labels = np.unique([path.parent.name for path in paths], return_inverse=True)[1]
+    counts = np.bincount(labels) if len(labels) else np.zeros(0, int)
+    if len(counts) < 2 or counts.min() < 3:
+        raise ExportError(f"--tiles {folder}: expected 2 classes or more, CLASS/*, of 3 tiles each")
+    return LabelledTiles(paths, labels)
+
+
 def few_shot_change(
-    encoder: FoundationEncoder, exported: ExportedEncoder, tiles: Path
+    encoder: FoundationEncoder, exported: ExportedEncoder, tiles: LabelledTiles
 ) -> dict[str, float]:
     """Compare few-shot accuracy on real tiles before and after.
 
     Args:
         encoder: in PyTorch.
         exported: the same as it ships.
-        tiles: `CLASS/*.png` and so on, RGB.
+        tiles: RGB.
 
     Returns:
         5-shot accuracy of nearest prototypes over the same 1000 episodes, or with as many tiles a
         class as there are: `before`, `after` and their difference, and the `tiles`.
-
-    Raises:
-        ExportError: fewer than two classes of three tiles.
     """
-    paths = [path for path in sorted(tiles.glob("*/*")) if path.is_file()]
-    labels = np.unique([path.parent.name for path in paths], return_inverse=True)[1]
-    counts = np.bincount(labels) if len(labels) else np.zeros(0, int)
-    if len(counts) < 2 or counts.min() < 3:
-        raise ExportError(f"--tiles {tiles}: expected 2 classes or more, CLASS/*, of 3 tiles each")
-    images = np.stack([_prepared(path, encoder.card.input) for path in paths])
+    images = np.stack([_prepared(path, encoder.card.input) for path in tiles.paths])
     session = open_session("onnxruntime", exported.onnx)
     batches = [images[n : n + TRIALS] for n in range(0, len(images), TRIALS)]
     after = np.concatenate([session.run({"images": part})["embedding"] for part in batches])
     before = encoder.encode(torch.from_numpy(images)).embedding.numpy()
-    k = min(5, int(counts.min()) - 1)
+    labels = tiles.labels
+    k = min(5, int(np.bincount(labels).min()) - 1)
     rng = np.random.default_rng(0)
     episodes = [_episode(labels, k, rng) for _ in range(1000)]
     found = [
         float(np.mean([_accuracy(one, labels, *e) for e in episodes])) for one in (before, after)
     ]
     change = found[1] - found[0]
-    return {"k": k, "before": found[0], "after": found[1], "change": change, "tiles": len(paths)}
+    return {
+        **{"k": k, "before": found[0], "after": found[1]},
+        **{"change": change, "tiles": len(tiles.paths)},
+    }
 
 
 def _prepared(path: Path, spec: InputSpec) -> NDArray[np.float32]:

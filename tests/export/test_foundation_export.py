@@ -18,7 +18,7 @@ from PIL import Image
 from cdt_export import foundation
 from cdt_export.build import export_bundle
 from cdt_export.cli import export_command
-from cdt_export.foundation import export_encoder, few_shot_change
+from cdt_export.foundation import export_encoder, labelled_tiles
 from cdt_export.weight_only import METHODS, quantise, split_gemm
 from cdt_runtime.backends import open_session
 from cdt_runtime.classifier import FewShotClassifier
@@ -237,12 +237,23 @@ def test_the_command_exports_encoders_alone(tmp_path: Path) -> None:
     notice = (folder / "NOTICE.txt").read_text()
     assert "weights: random-weights" in notice
     assert "https://developers.google.com/health-ai-developer-foundations/terms" in notice
-    encoder = load_encoder("medsiglip", TINY_RANDOM)
-    exported = export_encoder(encoder)
     with pytest.raises(ExportError, match=r"--tiles .*: expected 2 classes or more"):
-        few_shot_change(encoder, exported, tmp_path / "nothing")
+        labelled_tiles(tmp_path / "nothing")
     lone = CliRunner().invoke(export_command, ["--weights", "medsiglip=x"])
     assert "--weights and --tiles: only with --encoders" in lone.output
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (("--weights", "uni=x"), "uni is not among --encoders medsiglip,medgemma: add it there"),
+        (("--weights", "medsiglip"), "--weights 'medsiglip': expected KEY=PATH"),
+    ],
+)
+def test_weights_are_given_by_key(line: tuple[str, ...], reason: str) -> None:
+    found = CliRunner().invoke(export_command, ["--encoders", "medsiglip, medgemma", *line])
+    assert found.exit_code == 2
+    assert reason in found.output
 
 
 @pytest.fixture(scope="module")
