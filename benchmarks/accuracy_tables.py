@@ -98,7 +98,7 @@ TITLES = {
     "lung": "Lung H&E from nothing, 3-way: 1350 tiles of LC25000, 3 folds by group (copies of one "
     "original stay together; patients are not known), 1000 episodes; in brackets each fold",
     "lung_seeds": "How far seeds spread: the first of these folds, without CT, trained at 128 "
-    "pixels and for half as long",
+    "pixels and for 4 epochs in place of 14",
     "few_labels": "The first fold with 54 labelled tiles a class for training and validation, "
     "± 95 % over episodes",
     "novel_class": "A class that training never saw: trained on the other two, 3-way episodes on "
