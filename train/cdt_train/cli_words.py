@@ -121,9 +121,9 @@ def describe_command(
 
     if features and question:
         raise click.UsageError("--features and --question: give one")
+    series = scan_series(ct_dir)
     entry = entry_of("medgemma")
     path = require_weights(entry, weights)
-    series = scan_series(ct_dir)
     model = load_language_model(path, entry.card, quantised=not bf16)
     hu = load_volume(series).hu
     found: dict[str, Any] = {"ct": series.description, "weights_sha256": model.weights_sha256}
