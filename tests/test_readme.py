@@ -17,6 +17,7 @@ import pytest
 from cdt_export.cli import export_command
 from cdt_runtime.cli import infer_command
 from cdt_runtime.doctor_cli import doctor_command
+from cdt_runtime.enroll_cli import enroll_command
 from cdt_train.cli import COMMANDS as SUBCOMMANDS
 from cdt_train.cli import train_command
 
@@ -29,6 +30,7 @@ COMMANDS = {
     "cdt-export": export_command,
     "cdt-infer": infer_command,
     "cdt-doctor": doctor_command,
+    "cdt-enroll": enroll_command,
 }
 SHOWN = sorted(
     set(re.findall(r"`((?:cdt-\w+|make|pytest) [^`]+)`", BOTH))

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from cdt_runtime.errors import BundleError
-from cdt_runtime.files import sync_folder, write_synced
+from cdt_runtime.files import locked, sync_folder, write_synced
 from cdt_runtime.parallel import side_by_side
 from cdt_runtime.preprocess import Preprocess
 
@@ -172,10 +172,56 @@ def write_bundle(path: Path, files: Mapping[str, bytes], facts: Mapping[str, Any
     return Bundle.open(path)
 
 
-def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
+def change_bundle(
+    bundle: Bundle, files: Mapping[str, bytes], kept: Mapping[str, str], facts: Mapping[str, Any]
+) -> Bundle:
+    """Change some files of a bundle in one step; graphs are linked, not copied.
+
+    Killed at any moment, it leaves the bundle as it was or as it is to be. Who has the old one open
+    goes on with it.
+
+    Args:
+        bundle: as it was opened.
+        files: content of those that are new or change.
+        kept: name in the changed bundle of each file that stays, to its name now.
+        facts: entries of the manifest that change; None takes one out.
+
+    Raises:
+        BundleError: the folder can't be written, or was changed since it was opened.
+    """
+    path, listed = bundle.path, bundle.manifest["files"]
+    listing = {name: listed[old] for name, old in kept.items()}
+    listing |= {name: {"bytes": len(data), "sha256": sha256(data)} for name, data in files.items()}
+    rest = {key: value for key, value in bundle.manifest.items() if key != _SELF_HASH}
+    changed = {**rest, **facts, "files": listing}
+    manifest = {key: value for key, value in changed.items() if value is not None}
+    manifest[_SELF_HASH] = sha256(_dump(manifest))
+    links = {name: path / old for name, old in kept.items()}
+    plans = path / "plans"
+    links |= {f"plans/{one.name}": one for one in plans.glob("*") if one.is_file()}
+    try:
+        with locked(path.parent):
+            if Bundle(path, _read_manifest(path)).identity != bundle.identity:
+                raise BundleError(f"{path}: was changed by another command: give yours again")
+            write_folder(path, {**files, MANIFEST: _dump(manifest)}, links)
+    except OSError as error:
+        raise BundleError(
+            f"{path}: can't be changed ({error.strerror}): check who may write there"
+        ) from error
+    return Bundle.open(path)
+
+
+def write_folder(
+    path: Path, files: Mapping[str, bytes], links: Mapping[str, Path] | None = None
+) -> None:
     """Write a folder of files, replacing an older one in one step.
 
     Killed at any moment, it leaves the old folder or the new one.
+
+    Args:
+        path: the folder.
+        files: content of each file by name.
+        links: files that are taken as they are, by name; copied where the disk has no links.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     for stale in path.parent.glob(f".{path.name}.*.partial"):
@@ -184,11 +230,21 @@ def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
     try:
         for name, data in files.items():
             write_synced(staging / name, data)
+        for name, source in (links or {}).items():
+            (staging / name).parent.mkdir(exist_ok=True)
+            _link(source, staging / name)
         staging.chmod(0o755)
         _put_in_place(staging, path)
         sync_folder(path.parent)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def encoder_identity(files: Mapping[str, bytes], preprocess: Preprocess) -> str:

@@ -193,12 +193,11 @@ class FewShotClassifier:
         if blank:
             raise PrototypeError(f"support tile {blank[0]} shows no tissue: leave it out")
         context = ct if isinstance(ct, Context) else self.context(ct)
-        batches = _batches(inputs, self.batch_size)
         prototypes = replace(
             self.prototypes,
             classes=classes,
             labels=indices,
-            tokens=np.concatenate([self._tokens(batch) for batch in batches]),
+            tokens=self.encode(inputs),
             support_sha256=tuple(tile.sha256 for tile in inputs),
             ct_tokens=None,
             ct_of=None,
@@ -207,6 +206,10 @@ class FewShotClassifier:
         # All that can fail has been done.
         self.prototypes, self._means = prototypes, {context.key: means}
 
+    def encode(self, inputs: Sequence[TileInput]) -> Float:
+        """Return what the path encoder says of tiles, `(B, N, C)`: what a support set keeps."""
+        return np.concatenate([self._tokens(batch) for batch in _batches(inputs, self.batch_size)])
+
     def class_prototypes(self, context: Context) -> Float:
         """Return the prototypes `(K, E)` in a CT context; each context is computed once."""
         if context.key not in self._means:
@@ -214,10 +217,10 @@ class FewShotClassifier:
         return self._means[context.key]
 
     def _support_means(self, support: Prototypes, context: Context) -> Float:
-        embedded = self._embed_support(support, context)
+        embedded = self.embed_support(support, context)
         return fit_prototypes(embedded, support.labels, len(support.classes), support.fit)
 
-    def _embed_support(self, support: Prototypes, context: Context) -> Float:
+    def embed_support(self, support: Prototypes, context: Context) -> Float:
         """Embed the support: in the context, or with a CT each tile with its own patient's."""
         if context.used is None or support.ct_tokens is None or support.ct_of is None:
             return self._embed_tokens(support.tokens, context)

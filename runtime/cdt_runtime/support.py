@@ -1,0 +1,149 @@
+"""Support sets changed: tiles added to a class, a class taken out. Plain values in and out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cdt_runtime.errors import PrototypeError
+from cdt_runtime.printable import printable
+from cdt_runtime.prototypes import Prototypes
+
+Float = NDArray[np.float32]
+
+
+@dataclass(frozen=True, eq=False)
+class NewTiles:
+    """Support tiles that are to be added.
+
+    Attributes:
+        names: of each, for messages.
+        labels: class of each.
+        sha256: hash of each one's file or array.
+        tokens: `(S, N, C)` float32, as the path encoder gives them.
+        ct_tokens: `(T, C)` float32 of the CT that they share, or None.
+    """
+
+    names: tuple[str, ...]
+    labels: tuple[str, ...]
+    sha256: tuple[str, ...]
+    tokens: Float
+    ct_tokens: Float | None = None
+
+
+def class_name(name: str) -> str:
+    """Return the name of a class as it is kept.
+
+    Raises:
+        PrototypeError: it is empty, long, or holds what a terminal or a table can't show.
+    """
+    kept = " ".join(name.split())
+    if not 0 < len(kept) <= 80 or kept != printable(kept):
+        raise PrototypeError(
+            f"class {name!r}: expected a name of 1 to 80 letters that can be shown"
+        )
+    return kept
+
+
+def added(support: Prototypes, new: NewTiles) -> Prototypes:
+    """Add tiles to their classes; classes that are new come last, in the order of their tiles.
+
+    The scale becomes that which training calibrated for as many tiles as the smallest class has.
+
+    Raises:
+        PrototypeError: a tile is in the support set already, or twice among the new ones.
+    """
+    known = {sha: support.classes[label] for sha, label in _hashed(support)}
+    for name, label, sha in zip(new.names, new.labels, new.sha256, strict=True):
+        if sha in known:
+            raise PrototypeError(
+                f"{name}: is a support tile of class {known[sha]!r} already: leave it out of "
+                f"{label!r}"
+            )
+        known[sha] = label
+    classes = tuple(dict.fromkeys([*support.classes, *map(class_name, new.labels)]))
+    labels = [classes.index(class_name(label)) for label in new.labels]
+    grown = replace(
+        support,
+        classes=classes,
+        labels=np.concatenate([support.labels, np.array(labels, np.int64)]),
+        tokens=np.concatenate([support.tokens, new.tokens]),
+        support_sha256=(*support.support_sha256, *new.sha256),
+        **_with_ct(support, new),
+    )
+    return _rescaled(grown)
+
+
+def without_class(support: Prototypes, name: str) -> Prototypes:
+    """Take a class out.
+
+    Raises:
+        PrototypeError: there is none of that name, or fewer than two would be left.
+    """
+    kept = class_name(name)
+    if kept not in support.classes:
+        raise PrototypeError(
+            f"class {name!r}: unknown: the classes are {', '.join(support.classes)}"
+        )
+    if len(support.classes) < 3:
+        raise PrototypeError(
+            f"class {name!r}: without it {len(support.classes) - 1} would be left, expected at "
+            f"least 2: add another first"
+        )
+    stay = support.labels != support.classes.index(kept)
+    classes = tuple(one for one in support.classes if one != kept)
+    return _rescaled(
+        replace(
+            _only(support, stay),
+            classes=classes,
+            labels=np.array(
+                [classes.index(support.classes[one]) for one in support.labels[stay]], np.int64
+            ),
+        )
+    )
+
+
+def _only(support: Prototypes, stay: NDArray[np.bool_]) -> Prototypes:
+    hashes = zip(support.support_sha256, stay, strict=True)
+    return replace(
+        support,
+        labels=support.labels[stay],
+        tokens=support.tokens[stay],
+        support_sha256=tuple(sha for sha, kept in hashes if kept),
+        ct_of=None if support.ct_of is None else support.ct_of[stay],
+    )
+
+
+def _hashed(support: Prototypes) -> Sequence[tuple[str, int]]:
+    return list(zip(support.support_sha256, support.labels.tolist(), strict=True))
+
+
+def _with_ct(support: Prototypes, new: NewTiles) -> dict[str, Any]:
+    """Give new tiles their own patient's CT where support tiles have that."""
+    if support.ct_tokens is None or support.ct_of is None:
+        return {}
+    own = -1 if new.ct_tokens is None else len(support.ct_tokens)
+    tokens = (
+        [support.ct_tokens] if new.ct_tokens is None else [support.ct_tokens, new.ct_tokens[None]]
+    )
+    return {
+        "ct_tokens": np.concatenate(tokens),
+        "ct_of": np.concatenate([support.ct_of, np.full(len(new.labels), own, np.int64)]),
+    }
+
+
+def _rescaled(support: Prototypes) -> Prototypes:
+    """Take the scales that training calibrated for the number of tiles of the smallest class."""
+    facts = support.calibration
+    least = int(np.bincount(support.labels, minlength=len(support.classes)).min())
+    scales = {}
+    for field, name in (("scale", "temperatures"), ("scale_with_ct", "temperatures_with_ct")):
+        known = {int(k): float(value) for k, value in facts.get(name, {}).items()}
+        below = [k for k in known if k <= least]
+        if known:
+            scales[field] = facts["learnt_scale"] / known[max(below) if below else min(known)]
+    return replace(support, **scales)
