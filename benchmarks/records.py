@@ -12,6 +12,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from cdt_runtime import doctor
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
@@ -27,6 +29,7 @@ def machine() -> dict[str, Any]:
     return {
         "processor": model[1] if model else platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
+        "gpus": doctor.machine()["gpus"],
         "python": platform.python_version(),
         "packages": {name: found for name in PACKAGES if (found := _version(name))},
     }

@@ -15,6 +15,7 @@ from cdt_runtime import golden, proof
 from cdt_runtime.backends import BACKENDS, Precision, open_session, ort, ort_cuda, ov, shapes
 from cdt_runtime.bundle import Bundle
 from cdt_runtime.classifier import FewShotClassifier
+from cdt_runtime.doctor import ONE_NODE
 from cdt_runtime.errors import BackendError, ParityError
 from cdt_runtime.golden import FULL, HALF, golden_inputs, self_test
 from cdt_runtime.proof import Choice, choose_backend, examine
@@ -82,6 +83,22 @@ def random_inputs(batch: int, bundle: Bundle) -> dict[str, Any]:
 def bound(bundle: Bundle) -> ort_cuda.CudaSession:
     """What the GPU runs, with its arrays on the CPU."""
     return ort_cuda.CudaSession(bundle.read("tile_classifier.onnx"), "fp32", ort.CPU)
+
+
+def test_cuda_of_installed_wheels_is_loaded_first(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import onnxruntime
+
+    loaded = []
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: loaded.append(print("libcublas")))
+    ort._load_cuda.cache_clear()
+    for _ in range(2):
+        with pytest.raises(BackendError, match="CUDAExecutionProvider"):
+            ort.load(ONE_NODE, ort_cuda.PROVIDER)
+    ort._load_cuda.cache_clear()
+    assert len(loaded) == 1
+    assert capsys.readouterr().out == ""
 
 
 def test_batches_are_filled_up_and_cut_back(bundle: Bundle, bound: ort_cuda.CudaSession) -> None:

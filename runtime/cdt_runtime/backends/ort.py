@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Mapping
+from contextlib import redirect_stdout
+from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -87,6 +90,7 @@ def load(
     for name, size in (sizes or {}).items():
         options.add_free_dimension_override_by_name(name, size)
     if provider != CPU:
+        _load_cuda()
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     try:
         session = ort.InferenceSession(graph, options, providers=[(provider, dict(settings or {}))])
@@ -105,6 +109,18 @@ def gpu_present() -> bool:
 
         return find_library("nvcuda") is not None
     return any(os.path.exists(path) for path in DRIVERS) and find_spec("onnxruntime") is not None
+
+
+@cache
+def _load_cuda() -> None:
+    """Load CUDA and cuDNN from NVIDIA's wheels, where the system's loader does not look.
+
+    What can't be loaded is named on stdout, without which a provider says why it does not run.
+    """
+    import onnxruntime as ort
+
+    with redirect_stdout(io.StringIO()):
+        ort.preload_dlls()
 
 
 def _reason(error: Exception) -> str:
