@@ -32,7 +32,11 @@ def lung_seeds(found: Figures) -> str:
     spreads = [over_seeds(found[k]["accuracy"]) for k in SHOTS]
     by_seed = ", ".join(f"{100 * mean:.1f} ± {100 * spread:.1f}" for mean, spread in spreads)
     count = len(found["1"]["accuracy"])
-    return f"K = 1, 3, 5, {count} seeds: {by_seed} (± standard deviation over seeds)."
+    eces = "; ".join(", ".join(f"{ece:.3f}" for ece in found[k]["ece"]) for k in SHOTS)
+    return (
+        f"K = 1, 3, 5, {count} seeds: {by_seed} (± standard deviation over seeds). ECE of each, "
+        f"K = 1; 3; 5: {eces}."
+    )
 
 
 def few_labels(found: Figures) -> str:
@@ -97,8 +101,7 @@ def shape3d(found: Figures) -> str:
 TITLES = {
     "lung": "Lung H&E from nothing, 3-way: 1350 tiles of LC25000, 3 folds by group (copies of one "
     "original stay together; patients are not known), 1000 episodes; in brackets each fold",
-    "lung_seeds": "How far seeds spread: the first of these folds, without CT, trained at 128 "
-    "pixels and for 4 epochs in place of 14",
+    "lung_seeds": "How far seeds spread: the first of these folds, without CT",
     "few_labels": "The first fold with 54 labelled tiles a class for training and validation, "
     "± 95 % over episodes",
     "novel_class": "A class that training never saw: trained on the other two, 3-way episodes on "

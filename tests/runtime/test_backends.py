@@ -101,6 +101,21 @@ def test_cuda_of_installed_wheels_is_loaded_first(
     assert capsys.readouterr().out == ""
 
 
+def test_operators_that_only_a_cpu_has_are_no_fault_of_the_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import onnxruntime
+
+    said = "[ONNXRuntimeError] : 1 : FAIL : all compute graph nodes have not been partitioned to it"
+    monkeypatch.setattr(onnxruntime, "InferenceSession", lambda *_, **__: raised(said))
+    with pytest.raises(BackendError, match=r"only a CPU computes.*: export with --fp16, or use"):
+        ort.load(ONE_NODE, ort_cuda.PROVIDER)
+
+
+def raised(text: str) -> None:
+    raise RuntimeError(text)
+
+
 def test_batches_are_filled_up_and_cut_back(bundle: Bundle, bound: ort_cuda.CudaSession) -> None:
     plain = open_session("onnxruntime", bundle.read("tile_classifier.onnx"))
     for batch in (1, 3, 4, 3, 2):

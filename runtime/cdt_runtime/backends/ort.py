@@ -95,7 +95,7 @@ def load(
     try:
         session = ort.InferenceSession(graph, options, providers=[(provider, dict(settings or {}))])
     except Exception as error:  # as in `OrtSession.run`
-        raise BackendError(f"{provider}: can't load the graph: {_reason(error)}{cure}") from error
+        raise BackendError(f"{provider}: can't load the graph: {_reason(error, cure)}") from error
     actual = session.get_providers()[0]
     if actual != provider:
         raise BackendError(f"{provider} was asked for, ONNX Runtime gives {actual}{cure}")
@@ -123,7 +123,12 @@ def _load_cuda() -> None:
         ort.preload_dlls()
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception, cure: str) -> str:
     if "fallback to CPU EP has been explicitly disabled" in str(error):
-        return "no usable GPU, or its libraries are missing"
-    return first_line(error)
+        return f"no usable GPU, or its libraries are missing{cure}"
+    if "have not been partitioned" in str(error):
+        return (
+            "it holds operators that only a CPU computes, as graphs of --int8 do: export with "
+            "--fp16, or use --backend onnxruntime"
+        )
+    return f"{first_line(error)}{cure}"
