@@ -20,6 +20,7 @@ from cdt_export.inputs import TrainingData, open_data, read_calibration, read_ti
 from cdt_export.int8 import Literal
 from cdt_export.onnx import OPSET, describe, to_onnx
 from cdt_export.parity import HeldOut
+from cdt_export.reference import fit_reference, seen_tiles
 from cdt_export.weight_only import Quantize
 from cdt_runtime import __version__
 from cdt_runtime.backends import Session, open_session
@@ -38,6 +39,8 @@ from cdt_runtime.golden import (
     golden_outputs,
 )
 from cdt_runtime.prototypes import Prototypes
+from cdt_runtime.reference import REFERENCE, Reference, stacked
+from cdt_runtime.tile_statistics import tile_statistics
 from cdt_train.config import ModelRecipe
 from cdt_train.data.arrays import TileArrays
 from cdt_train.encoders.chosen import encoder_keys, load_chosen
@@ -108,8 +111,11 @@ def export_bundle(
     files |= support_prototypes(trained, support, shipped, sessions, encoder).to_files()
     for eye in eyes:
         files |= eye.files
+    reference, known = fit_reference(seen_tiles(data), len(trained.preprocess.channels))
+    files[REFERENCE] = reference.to_bytes()
     files |= {SPLIT: SplitRecord.of(trained.info).to_bytes(), GOLDEN: parts.golden}
     facts = {**_facts(trained, graphs, parts.precisions), **parts.facts, "precision": precision}
+    facts["reference"] = {**known, **false_alarms(reference, held_out)}
     if own := trained.info.get("path_encoder"):
         card = EncoderCard.from_dict(own)
         facts["path_encoder"] = own
@@ -256,6 +262,16 @@ def support_prototypes(
         ct_tokens=np.concatenate(own) if own else None,
         ct_of=held_out.support_ct_of if own else None,
     )
+
+
+def false_alarms(reference: Reference, held_out: HeldOut) -> dict[str, Any]:
+    """How many held-out tiles the runtime would not answer, as unlike the training tiles."""
+    tiles = held_out.tiles.numpy()
+    channels = tiles.shape[1]
+    statistics = stacked([tile_statistics(tile) for tile in tiles], channels)
+    unlike = reference.unlikeness(statistics, statistics[:0]) > 1
+    refused = unlike | reference.blurred(statistics, channels)
+    return {"held_out": len(tiles), "held_out_refused": int(refused.sum())}
 
 
 def golden_file(trained: Trained, run: Run) -> bytes:

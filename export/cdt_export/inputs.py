@@ -13,7 +13,9 @@ from numpy.typing import NDArray
 
 from cdt_export.int8_choice import Calibration
 from cdt_export.parity import HeldOut
-from cdt_runtime.encoders import Encoders
+from cdt_runtime.cache import TokenCache
+from cdt_runtime.encoder_card import EncoderCard
+from cdt_runtime.encoders import Encode, Encoders
 from cdt_runtime.errors import DatasetError
 from cdt_train.config import Recipe
 from cdt_train.data import TileDataset, read_dataset
@@ -71,6 +73,11 @@ class TrainingData:
                 )
         return arrays
 
+    def plain_tiles(self, names: Sequence[str]) -> TileArrays:
+        """Read tiles as `tiles` does, without asking foundation encoders."""
+        blind = Encoders((), _never_asked, TokenCache(None))
+        return replace(self, encoders=blind).tiles(names)
+
     def ct(self, series: Iterable[CtSeries]) -> CtArrays:
         """Read series; those that can't be used are left out."""
         chosen = replace(self.dataset, ct=tuple(series))
@@ -79,6 +86,10 @@ class TrainingData:
     def owners(self, names: Sequence[str]) -> list[str]:
         """The patient of each tile."""
         return [self.by_name[name].patient for name in names]
+
+
+def _never_asked(card: EncoderCard) -> Encode:
+    raise AssertionError(f"{card.key}: no encoder was to be asked")
 
 
 def open_data(trained: Trained, data_dir: Path | None) -> TrainingData:

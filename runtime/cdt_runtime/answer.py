@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from cdt_runtime.doubt import Look
 from cdt_runtime.prediction import Context, CtChange, Prediction, TileInput, nearest
 
 
@@ -15,11 +16,13 @@ class Answer:
         chances: calibrated probability of each class.
         distances: to each prototype.
         share_ms: of the time of its batch.
+        look: how the tile looks beside those that are known.
     """
 
     chances: dict[str, float]
     distances: dict[str, float]
     share_ms: float
+    look: Look
 
     @property
     def best(self) -> str:
@@ -74,6 +77,7 @@ class Judge:
             ct_change=self._change(tile, answer, beside) if beside else None,
             channels=tile.channels,
             warnings=(*tile.warnings, *self.marks),
+            unlikeness=answer.look.unlikeness,
             timings_ms={name: round(value, 3) for name, value in timings.items()},
         )
 
@@ -81,6 +85,8 @@ class Judge:
         """Say why there is no answer, if there is none."""
         if tile.blank:
             return "no tissue: every channel is almost flat"
+        if answer.look.reason:
+            return answer.look.reason
         chance, least = answer.chances[answer.best], self.min_confidence
         if not chance >= least:
             return (

@@ -18,6 +18,7 @@ from cdt_runtime.bundle import Bundle
 from cdt_runtime.cache import TokenCache, cache_dir
 from cdt_runtime.ct import Volume
 from cdt_runtime.ct_context import CtContexts
+from cdt_runtime.doubt import Look, looks
 from cdt_runtime.encoder_features import feature_layout, flat_features
 from cdt_runtime.encoder_session import bundle_cards, bundle_encoders, encoder_marks
 from cdt_runtime.errors import BackendError, PrototypeError, TileError
@@ -32,6 +33,7 @@ from cdt_runtime.prototypes import (
     fit_prototypes,
     softmax,
 )
+from cdt_runtime.reference import REFERENCE, Reference
 from cdt_runtime.tile import Tile
 from cdt_runtime.tile_input import TileLike, prepare
 
@@ -80,6 +82,7 @@ class FewShotClassifier:
         self.prototypes = Prototypes.from_files(
             bundle.read(TENSORS), bundle.read(FACTS), encoder_sha256=bundle.encoder_sha256
         )
+        self.reference = Reference.from_bytes(bundle.read(REFERENCE), len(self.preprocess.channels))
         tokens = TokenCache(folder)
         self.encoders = bundle_encoders(bundle, self.backend, self.precision, tokens)
         self.marks = encoder_marks(bundle)
@@ -201,6 +204,8 @@ class FewShotClassifier:
             support_sha256=tuple(tile.sha256 for tile in inputs),
             ct_tokens=None,
             ct_of=None,
+            statistics=np.stack([tile.statistics for tile in inputs]),
+            statistics_of=np.arange(len(inputs), dtype=np.int64),
         )
         means = self._support_means(prototypes, context)
         # All that can fail has been done.
@@ -322,6 +327,11 @@ class FewShotClassifier:
             return None
         return flat_features(self._layout, self.encoders.of_images(images), count)
 
+    def looks(self, statistics: Sequence[Float]) -> list[Look]:
+        """Hold tiles against those that are known, by their `tile_statistics` `(F,)`."""
+        channels = len(self.preprocess.channels)
+        return looks(self.reference, self.prototypes, statistics, channels)
+
     def _answers(
         self, batch: Sequence[TileInput], context: Context, features: Float | None
     ) -> list[Answer]:
@@ -334,8 +344,11 @@ class FewShotClassifier:
                 dict(zip(self.classes, map(float, chances), strict=True)),
                 dict(zip(self.classes, map(float, distances), strict=True)),
                 share_ms,
+                look,
             )
-            for chances, distances in zip(*answers, strict=True)
+            for chances, distances, look in zip(
+                *answers, self.looks([tile.statistics for tile in batch]), strict=True
+            )
         ]
 
     def _tokens(self, batch: Sequence[TileInput]) -> Float:

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from cdt_runtime.bundle import Bundle, change_bundle
 from cdt_runtime.classifier import CtLike, FewShotClassifier
 from cdt_runtime.errors import InputError, PrototypeError
@@ -117,6 +119,7 @@ def adding(
         labels=tuple(labels),
         sha256=tuple(tile.sha256 for tile in inputs),
         tokens=classifier.encode(inputs),
+        statistics=np.stack([tile.statistics for tile in inputs]),
         ct_tokens=context.tokens[0] if context.used else None,
     )
     counts = {name: labels.count(name) for name in dict.fromkeys(labels)}

@@ -61,6 +61,8 @@ class Prediction:
             none.
         channels: for each model channel the file's channel, None where it was filled with zeros.
         warnings: what the user should know of this tile.
+        unlikeness: how far its colour and texture are from what is known, as a share of the
+            limit; above 1 it is refused.
         timings_ms: milliseconds of each stage; the engine's time is shared by its batch.
     """
 
@@ -75,6 +77,7 @@ class Prediction:
     ct_change: CtChange | None
     channels: dict[str, str | None]
     warnings: tuple[str, ...]
+    unlikeness: float
     timings_ms: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -119,6 +122,7 @@ class TileInput:
         channels: for each model channel the file's, None where it was filled with zeros.
         warnings: one line each.
         read_ms: milliseconds that it took.
+        statistics: `(F,)`, its `tile_statistics`.
         images: the tile as each foundation encoder takes it, by encoder.
     """
 
@@ -129,4 +133,5 @@ class TileInput:
     channels: dict[str, str | None]
     warnings: tuple[str, ...]
     read_ms: float
+    statistics: Float
     images: Mapping[str, Float] = field(default_factory=dict)

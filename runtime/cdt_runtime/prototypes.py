@@ -57,6 +57,9 @@ class Prototypes:
         ct_tokens: `(P, T, C)` float32, of the support patients' CT where training paired CT and
             tiles; else None.
         ct_of: `(S,)` int64, which of them is each support tile's; -1 for none.
+        statistics: `(E, F)` float32, `tile_statistics` of the tiles that were enrolled on the
+            device: what is like them is known, too. None where there are none.
+        statistics_of: `(E,)` int64, the place of each in the support.
     """
 
     classes: tuple[str, ...]
@@ -73,6 +76,8 @@ class Prototypes:
     calibration: Mapping[str, Any]
     ct_tokens: Float | None = None
     ct_of: NDArray[np.int64] | None = None
+    statistics: Float | None = None
+    statistics_of: NDArray[np.int64] | None = None
 
     @property
     def ct_off(self) -> str | None:
@@ -104,6 +109,11 @@ class Prototypes:
         }
         if self.ct_tokens is not None and self.ct_of is not None:
             tensors |= {"ct_tokens": np.ascontiguousarray(self.ct_tokens), "ct_of": self.ct_of}
+        if self.statistics is not None and self.statistics_of is not None:
+            tensors |= {
+                "statistics": np.ascontiguousarray(self.statistics),
+                "statistics_of": self.statistics_of,
+            }
         facts = {
             "classes": self.classes,
             "support_sha256": self.support_sha256,
@@ -150,6 +160,8 @@ class Prototypes:
                 calibration=values["calibration"],
                 ct_tokens=arrays.get("ct_tokens"),
                 ct_of=arrays.get("ct_of"),
+                statistics=arrays.get("statistics"),
+                statistics_of=arrays.get("statistics_of"),
             )
         except (SafetensorError, ValueError, KeyError, TypeError) as error:
             raise PrototypeError(f"prototypes can't be read ({error}): export again") from error
@@ -183,6 +195,8 @@ class Prototypes:
             )
         if self.ct_tokens is not None or self.ct_of is not None:
             self._check_ct(self.ct_tokens, self.ct_of)
+        if self.statistics is not None or self.statistics_of is not None:
+            self._check_statistics(self.statistics, self.statistics_of)
         if self.fit not in FITS:
             raise PrototypeError(
                 f"prototypes: fit {self.fit!r}: expected one of {', '.join(FITS)}: export again"
@@ -197,6 +211,13 @@ class Prototypes:
             or not ((of >= -1) & (of < len(tokens))).all()
         ):
             raise PrototypeError(f"prototypes: support tiles do not number the {len(tokens)} CT")
+
+    def _check_statistics(self, found: Float | None, of: NDArray[np.int64] | None) -> None:
+        if found is None or found.ndim != 2 or not np.isfinite(found).all():
+            raise PrototypeError("prototypes: statistics are not finite float32 of shape (E, F)")
+        places = range(len(self.labels))
+        if of is None or of.shape != (len(found),) or not set(of.tolist()) <= set(places):
+            raise PrototypeError("prototypes: statistics do not number the support tiles")
 
 
 def _gain(stored: Mapping[str, Any] | None) -> dict[str, float] | None:

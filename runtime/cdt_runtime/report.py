@@ -29,6 +29,7 @@ def as_record(prediction: Prediction, classifier: FewShotClassifier) -> dict[str
         "distances": prediction.distances,
         "abstained": prediction.abstained,
         "reason": prediction.reason,
+        "unlikeness": round(prediction.unlikeness, 3),
         "ct": asdict(prediction.ct) if prediction.ct else None,
         "ct_change": asdict(change) if change else None,
         "channels": prediction.channels,

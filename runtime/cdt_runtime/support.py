@@ -25,6 +25,7 @@ class NewTiles:
         labels: class of each.
         sha256: hash of each one's file or array.
         tokens: `(S, N, C)` float32, as the path encoder gives them.
+        statistics: `(S, F)` float32, `tile_statistics` of each.
         ct_tokens: `(T, C)` float32 of the CT that they share, or None.
     """
 
@@ -32,6 +33,7 @@ class NewTiles:
     labels: tuple[str, ...]
     sha256: tuple[str, ...]
     tokens: Float
+    statistics: Float
     ct_tokens: Float | None = None
 
 
@@ -74,6 +76,7 @@ def added(support: Prototypes, new: NewTiles) -> Prototypes:
         tokens=np.concatenate([support.tokens, new.tokens]),
         support_sha256=(*support.support_sha256, *new.sha256),
         **_with_ct(support, new),
+        **_with_statistics(support, new),
     )
     return _rescaled(grown)
 
@@ -115,7 +118,21 @@ def _only(support: Prototypes, stay: NDArray[np.bool_]) -> Prototypes:
         tokens=support.tokens[stay],
         support_sha256=tuple(sha for sha, kept in hashes if kept),
         ct_of=None if support.ct_of is None else support.ct_of[stay],
+        **_statistics_of(support, stay),
     )
+
+
+def _statistics_of(support: Prototypes, stay: NDArray[np.bool_]) -> dict[str, Any]:
+    if support.statistics is None or support.statistics_of is None:
+        return {}
+    kept = stay[support.statistics_of]
+    if not kept.any():
+        return {"statistics": None, "statistics_of": None}
+    places = np.cumsum(stay) - 1
+    return {
+        "statistics": support.statistics[kept],
+        "statistics_of": places[support.statistics_of[kept]].astype(np.int64),
+    }
 
 
 def _hashed(support: Prototypes) -> Sequence[tuple[str, int]]:
@@ -133,6 +150,18 @@ def _with_ct(support: Prototypes, new: NewTiles) -> dict[str, Any]:
     return {
         "ct_tokens": np.concatenate(tokens),
         "ct_of": np.concatenate([support.ct_of, np.full(len(new.labels), own, np.int64)]),
+    }
+
+
+def _with_statistics(support: Prototypes, new: NewTiles) -> dict[str, Any]:
+    """Let what is like the new tiles be known, too."""
+    start = len(support.labels)
+    places = np.arange(start, start + len(new.labels), dtype=np.int64)
+    if support.statistics is None or support.statistics_of is None:
+        return {"statistics": new.statistics, "statistics_of": places}
+    return {
+        "statistics": np.concatenate([support.statistics, new.statistics]),
+        "statistics_of": np.concatenate([support.statistics_of, places]),
     }
 
 

@@ -16,6 +16,7 @@ from cdt_runtime.errors import TileError
 from cdt_runtime.prediction import TileInput
 from cdt_runtime.preprocess import Preprocess
 from cdt_runtime.tile import Tile, match_channels, read_tile
+from cdt_runtime.tile_statistics import tile_statistics
 
 TileLike = str | os.PathLike[str] | Tile | NDArray[Any]
 """A path, a `Tile`, or an array `(H, W, M)` with the channels in the bundle's order."""
@@ -71,6 +72,7 @@ def prepare(
         mapping,
         (*found.warnings, *(note for note in notes if note)),
         (perf_counter() - started) * 1000.0,
+        tile_statistics(array),
         images,
     )
 

@@ -87,6 +87,7 @@ def test_json_has_one_object_a_line_with_the_promised_keys(
         "distances",
         "abstained",
         "reason",
+        "unlikeness",
         "ct",
         "ct_change",
         "channels",
@@ -164,6 +165,7 @@ def test_the_change_is_said_in_a_line(label: str | None, words: str) -> None:
         ct_change=CtChange(label, "b", {"a": -0.25, "b": 0.25}),
         channels={},
         warnings=(),
+        unlikeness=0.5,
     )
     assert words in [line.strip() for line in as_text(prediction).splitlines()]
 

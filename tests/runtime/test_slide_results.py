@@ -35,6 +35,7 @@ LABELS = np.array(
     ],
     np.int16,
 )
+NONE: tuple[Any, tuple[str, ...]] = (np.full_like(LABELS, -1), ())
 
 
 def chances_of(labels: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -89,7 +90,9 @@ def test_a_hole_and_tiles_that_touch_at_a_corner() -> None:
 
 def test_geojson_is_what_qupath_reads(tmp_path: Path) -> None:
     path = tmp_path / "areas.geojson"
-    count = write_geojson(path, LABELS, chances_of(LABELS), CLASSES, side=448.5, microns=112.0)
+    count = write_geojson(
+        path, LABELS, chances_of(LABELS), CLASSES, NONE, side=448.5, microns=112.0
+    )
     content = json.loads(path.read_text("utf-8"))
     assert content["type"] == "FeatureCollection"
     assert len(content["features"]) == count == 6
@@ -120,8 +123,19 @@ def test_geojson_is_what_qupath_reads(tmp_path: Path) -> None:
 def test_geojson_without_answers_is_empty(tmp_path: Path) -> None:
     labels = np.full((2, 3), -1, np.int16)
     path = tmp_path / "areas.geojson"
-    assert write_geojson(path, labels, chances_of(labels), CLASSES, side=8, microns=4) == 0
+    none = (np.full((2, 3), -1, np.int16), ())
+    assert write_geojson(path, labels, chances_of(labels), CLASSES, none, side=8, microns=4) == 0
     assert json.loads(path.read_text("utf-8"))["features"] == []
+
+
+def test_areas_without_an_answer_say_why(tmp_path: Path) -> None:
+    labels = np.array([[0, -1, -1]], np.int16)
+    reasons = (np.array([[-1, 1, 1]], np.int16), ("blurred", "unlike training"))
+    path = tmp_path / "areas.geojson"
+    write_geojson(path, labels, chances_of(labels), CLASSES, reasons, side=8, microns=4)
+    area = json.loads(path.read_text("utf-8"))["features"][1]["properties"]
+    assert area["classification"]["name"] == "can't tell: unlike training"
+    assert area["measurements"] == {"Tiles": 2.0, "Area µm^2": 32.0}
 
 
 def written_map(tmp_path: Path) -> tuple[Path, np.ndarray[Any, Any]]:

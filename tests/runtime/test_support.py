@@ -46,6 +46,7 @@ def new_tiles(*labels: str, first: int = 100, ct: bool = False) -> NewTiles:
         labels=labels,
         sha256=tuple(f"{first + place:064x}" for place in range(count)),
         tokens=rng.normal(size=(count, 3, 8)).astype(np.float32),
+        statistics=np.full((count, 2), first, np.float32) + np.arange(count)[:, None],
         ct_tokens=np.ones((4, 8), np.float32) if ct else None,
     )
 
@@ -64,6 +65,23 @@ def test_a_class_is_added_and_taken_out_again() -> None:
     assert other.classes == ("b", "new")
     assert other.labels.tolist() == [0] * 5 + [1] * 2
     assert np.array_equal(other.tokens, grown.tokens[[5, 6, 7, 8, 9, 10, 11]])
+
+
+def test_statistics_of_new_tiles_go_with_them() -> None:
+    grown = added(a_support(), new_tiles("new", "a"))
+    assert grown.statistics_of is not None
+    assert grown.statistics_of.tolist() == [10, 11]
+    again = added(grown, new_tiles("new", first=200))
+    assert again.statistics is not None
+    assert again.statistics[:, 0].tolist() == [100, 101, 200]
+    back = without_class(again, "a")
+    back.check()
+    assert back.statistics is not None
+    assert back.statistics_of is not None
+    assert back.statistics[:, 0].tolist() == [100, 200]
+    assert [back.classes[back.labels[place]] for place in back.statistics_of] == ["new", "new"]
+    assert without_class(again, "new").statistics is not None
+    assert without_class(added(a_support(), new_tiles("new")), "new").statistics is None
 
 
 @pytest.mark.parametrize(("tiles", "scales"), [(1, (2.0, 1.0)), (4, (3.0, 1.5)), (9, (4.0, 1.5))])

@@ -270,10 +270,11 @@ def _answers(
     said = classifier.hear(batch.images, len(batch.tiles))
     chances, _ = classifier.classify(batch.tiles, context, said)
     blank = [classifier.preprocess.is_blank(tile) for tile in batch.tiles]
+    looks = classifier.looks(batch.statistics)
     least = classifier.prototypes.min_confidence
-    for (row, column), each, empty in zip(batch.places, chances, blank, strict=True):
+    for (row, column), each, empty, look in zip(batch.places, chances, blank, looks, strict=True):
         best = int(each.argmax())
-        reason = BLANK if empty else None if each[best] >= least else LOW
+        reason = BLANK if empty else look.word or (None if each[best] >= least else LOW)
         label = None if reason else classifier.classes[best]
         share = float(plan.shares[row, column])
         found.append(TileAnswer(row, column, share, label, reason, tuple(map(float, each))))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from cdt_runtime.slides.grid import LEAST_TISSUE
 from cdt_runtime.slides.heatmap import write_heatmap
 from cdt_runtime.slides.job import TABLE, SlideAnswers
 from cdt_runtime.slides.overview import write_overview
-from cdt_runtime.slides.table import as_labels, as_map
+from cdt_runtime.slides.table import as_labels, as_map, as_reasons
 
 AREAS, HEATMAP, OVERVIEW = "areas.geojson", "heatmap.ome.tif", "overview.png"
 
@@ -33,7 +34,15 @@ def write_results(
     labels = as_labels(found.answers, plan.grid, classes)
     chances = as_map(found.answers, plan.grid, len(classes))
     side = plan.grid.full_side
-    count = write_geojson(out / AREAS, labels, chances, classes, side=side, microns=plan.microns)
+    count = write_geojson(
+        out / AREAS,
+        labels,
+        chances,
+        classes,
+        as_reasons(found.answers, plan.grid),
+        side=side,
+        microns=plan.microns,
+    )
     write_heatmap(out / HEATMAP, chances, classes, plan.microns)
     counts = found.counts(classes)
     total = max(1, len(found.answers))
@@ -59,6 +68,7 @@ def write_results(
         "resumed": found.resumed,
         "labels": counts,
         "abstained": open_ - len(found.unreadable),
+        "reasons": Counter(one.reason for one in found.answers if one.reason and one.chances),
         "unreadable": len(found.unreadable),
         "areas": count,
         "mean_probabilities": _means(chances, classes),
@@ -83,6 +93,9 @@ def as_text(summary: dict[str, Any]) -> str:
         counted["unreadable"] = summary["unreadable"]
     width = max(map(len, counted))
     lines += [f"    {name:<{width}}  {n:>7}  {n / total:6.1%}" for name, n in counted.items()]
+    reasons = [f"{count} {reason}" for reason, count in summary["reasons"].most_common()]
+    if reasons:
+        lines.append(f"    {CANT_TELL}: {', '.join(reasons)}")
     lines += [f"    warning: {warning}" for warning in summary["warnings"]]
     lines += [
         "",

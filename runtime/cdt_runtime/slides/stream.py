@@ -14,10 +14,12 @@ from cdt_runtime.errors import TileError, naming
 from cdt_runtime.preprocess import Preprocess
 from cdt_runtime.slides.grid import STRIP, Grid
 from cdt_runtime.slides.regions import Regions
+from cdt_runtime.tile_statistics import tile_statistics
 
+Float = NDArray[np.float32]
 Places = NDArray[np.int64]
 Place = tuple[int, int]
-_Read = tuple[Place, NDArray[Any], dict[str, NDArray[Any]]]
+_Read = tuple[Place, NDArray[Any], Float, dict[str, NDArray[Any]]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,12 +30,14 @@ class Batch:
         places: row and column of each tile that could be read.
         tiles: `(B, M, S, S)`, `B` being the number of places; none where B is 0.
         failures: row, column and reason of each tile that could not.
+        statistics: `tile_statistics` of each, `(F,)`.
         images: the tiles as each foundation encoder takes them, by encoder `(B, ...)`.
     """
 
     places: tuple[Place, ...]
     tiles: NDArray[Any] | None
     failures: tuple[tuple[Place, str], ...]
+    statistics: tuple[Float, ...] = ()
     images: Mapping[str, NDArray[Any]] = field(default_factory=dict)
 
 
@@ -101,18 +105,18 @@ def _prepared(
     encoders: Encoders | None,
 ) -> _Read:
     tile = preprocess.tile(pixels, reading.bits, name=reading.name)
-    if encoders is None or not encoders.see_tiles:
-        return place, tile, {}
-    images = encoders.images(pixels, reading.bits, preprocess.channels, reading.name)
-    return place, tile, images
+    images = {}
+    if encoders is not None and encoders.see_tiles:
+        images = encoders.images(pixels, reading.bits, preprocess.channels, reading.name)
+    return place, tile, tile_statistics(tile), images
 
 
 def _batch(found: list[_Read], failed: list[tuple[Place, str]]) -> Batch:
-    places = tuple(place for place, _, _ in found)
     if not found:
-        return Batch(places, None, tuple(failed))
-    images = {key: np.stack([seen[key] for _, _, seen in found]) for key in found[0][2]}
-    return Batch(places, np.stack([tile for _, tile, _ in found]), tuple(failed), images)
+        return Batch((), None, tuple(failed))
+    places, tiles, statistics, seen = zip(*found, strict=True)
+    images = {key: np.stack([one[key] for one in seen]) for key in seen[0]}
+    return Batch(places, np.stack(tiles), tuple(failed), statistics, images)
 
 
 def decoding_ahead(regions: Regions, grid: Grid, places: Places) -> Iterator[Place]:

@@ -137,6 +137,22 @@ def as_labels(
     return laid
 
 
+def as_reasons(
+    answers: Sequence[TileAnswer], grid: Grid
+) -> tuple[NDArray[np.int16], tuple[str, ...]]:
+    """Lay out why tiles that could be read got no answer.
+
+    Returns:
+        `(rows, columns)` index of the reason, -1 elsewhere; and the reasons.
+    """
+    open_ = [one for one in answers if one.reason and one.chances]
+    reasons = tuple(sorted({str(one.reason) for one in open_}))
+    laid = np.full((grid.rows, grid.columns), -1, np.int16)
+    for one in open_:
+        laid[one.row, one.column] = reasons.index(str(one.reason))
+    return laid, reasons
+
+
 def _lines(rows: Sequence[list[str]] | Iterator[list[str]] | object) -> str:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)  # type: ignore[arg-type]
