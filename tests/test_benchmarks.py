@@ -57,7 +57,7 @@ def test_a_result_says_what_it_was_found_by(
     found = records.read_results()["lung"]
     assert found["commands"] == ["cdt-train --config X"]
     assert (found["seconds"], found["figures"]) == (61, {"accuracy": 0.9})
-    assert set(found["machine"]) == {"processor", "cores", "python", "packages"}
+    assert set(found["machine"]) == {"processor", "cores", "gpus", "python", "packages"}
 
 
 def test_rounds_take_turns_and_ratios_go_by_pair(bench: ModuleType) -> None:

@@ -108,14 +108,17 @@ def export_bundle(
     compare_golden(parts.golden, _run(sessions), tolerance=ALLOWED[precision], what="the export")
     files = {f"{name}.onnx": model for name, model in parts.models.items()}
     encoder = encoder_identity(files, trained.preprocess)
-    files |= support_prototypes(trained, support, shipped, sessions, encoder).to_files()
+    known = support_prototypes(trained, support, shipped, sessions, encoder)
+    chances = parity.chances_without_ct(sessions, shipped, known.scale, known.fit)
+    held = tuple(chances[np.arange(len(chances)), shipped.labels].tolist())
+    files |= replace(known, held_out=held).to_files()
     for eye in eyes:
         files |= eye.files
-    reference, known = fit_reference(seen_tiles(data), len(trained.preprocess.channels))
+    reference, fitted = fit_reference(seen_tiles(data), len(trained.preprocess.channels))
     files[REFERENCE] = reference.to_bytes()
     files |= {SPLIT: SplitRecord.of(trained.info).to_bytes(), GOLDEN: parts.golden}
     facts = {**_facts(trained, graphs, parts.precisions), **parts.facts, "precision": precision}
-    facts["reference"] = {**known, **false_alarms(reference, held_out)}
+    facts["reference"] = {**fitted, **false_alarms(reference, held_out)}
     if own := trained.info.get("path_encoder"):
         card = EncoderCard.from_dict(own)
         facts["path_encoder"] = own

@@ -271,6 +271,15 @@ def exported_chances(
     return softmax(np.concatenate(parts))
 
 
+def chances_without_ct(
+    sessions: Mapping[str, Session], held_out: HeldOut, scale: float, fit: str
+) -> NDArray[np.float64]:
+    """Return class probabilities `(n, K)` of the held-out tiles alone."""
+    shape = exported_ct_tokens(sessions["ct_encoder"], held_out.ct, held_out.ct_features)[0]
+    absent = np.zeros(1, np.float32)
+    return exported_chances(sessions, held_out, np.zeros_like(shape), absent, scale, fit)
+
+
 def exported_support_tokens(sessions: Mapping[str, Session], held_out: HeldOut) -> NDArray[Any]:
     """Encode the support tiles, `(S, N, C)`."""
     inputs = named("tile", held_out.support, "features", held_out.support_features)

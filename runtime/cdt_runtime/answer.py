@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from cdt_runtime.conformal import Certificate
 from cdt_runtime.doubt import Look
 from cdt_runtime.prediction import Context, CtChange, Prediction, TileInput, nearest
 
@@ -38,11 +39,13 @@ class Judge:
         classes: their names.
         min_confidence: least probability that an answer needs.
         marks: what every answer has to say, one line each.
+        certificate: for sets of classes; None where none were asked for.
     """
 
     classes: tuple[str, ...]
     min_confidence: float
     marks: tuple[str, ...]
+    certificate: Certificate | None = None
 
     def prediction(
         self,
@@ -78,6 +81,7 @@ class Judge:
             channels=tile.channels,
             warnings=(*tile.warnings, *self.marks),
             unlikeness=answer.look.unlikeness,
+            prediction_set=self._set(tile, answer),
             timings_ms={name: round(value, 3) for name, value in timings.items()},
         )
 
@@ -93,6 +97,11 @@ class Judge:
                 f"low confidence: {chance:.2f} for {answer.best}, at least {least:.2f} is asked for"
             )
         return None
+
+    def _set(self, tile: TileInput, answer: Answer) -> tuple[str, ...] | None:
+        if self.certificate is None or tile.blank or answer.look.word:
+            return None
+        return self.certificate.classes(answer.chances)
 
     def _change(self, tile: TileInput, answer: Answer, beside: Answer) -> CtChange:
         return CtChange(

@@ -16,12 +16,13 @@ from cdt_runtime.answer import Answer, Judge
 from cdt_runtime.backends import Precision, Session, open_session
 from cdt_runtime.bundle import Bundle
 from cdt_runtime.cache import TokenCache, cache_dir
+from cdt_runtime.conformal import Certificate, certify, own_chances
 from cdt_runtime.ct import Volume
 from cdt_runtime.ct_context import CtContexts
 from cdt_runtime.doubt import Look, looks
 from cdt_runtime.encoder_features import feature_layout, flat_features
 from cdt_runtime.encoder_session import bundle_cards, bundle_encoders, encoder_marks
-from cdt_runtime.errors import BackendError, PrototypeError, TileError
+from cdt_runtime.errors import BackendError, InputError, PrototypeError, TileError
 from cdt_runtime.prediction import Context, Prediction, TileInput
 from cdt_runtime.preprocess import Preprocess
 from cdt_runtime.proof import Choice, choose_backend
@@ -51,6 +52,9 @@ class FewShotClassifier:
         precision: `auto` is the engine's fastest that decides as before, `fp32` is none below that
             of the graphs.
         cache: folder of CT tokens and of proofs of engines, or None for the default one.
+        tta: classify each tile in four orientations and take the mean.
+        coverage: how often the set of classes that is given beside each answer is to hold the right
+            one, above 0 and below 1; None for no sets. Certified without `tta` alone.
 
     Attributes:
         notes: why `auto` may not use an engine that is there, one line each.
@@ -71,8 +75,12 @@ class FewShotClassifier:
         backend: str = "auto",
         precision: Precision = "auto",
         cache: Path | None = None,
+        tta: bool = False,
+        coverage: float | None = None,
     ) -> None:
-        self.bundle = bundle
+        if tta and coverage:
+            raise InputError("sets are certified for tiles as they are: without test-time views")
+        self.bundle, self.coverage, self.tta = bundle, coverage, tta
         folder = cache or cache_dir()
         choice = Choice(backend, precision)
         if backend == "auto":
@@ -89,6 +97,7 @@ class FewShotClassifier:
         self._layout = feature_layout(bundle_cards(bundle), "tile")
         self._sessions: dict[str, Session] = {}
         self._means: dict[str, Float] = {}
+        self._certificates: dict[str, Certificate] = {}
         self._classify = self._session("tile_classifier")
         self._contexts = CtContexts(bundle, tokens, self.encoders, self.engine, self._encode_ct)
 
@@ -100,9 +109,18 @@ class FewShotClassifier:
         backend: str = "auto",
         precision: Precision = "auto",
         cache: Path | None = None,
+        tta: bool = False,
+        coverage: float | None = None,
     ) -> FewShotClassifier:
         """Open a bundle folder; see the class for the arguments and errors."""
-        return cls(Bundle.open(path), backend=backend, precision=precision, cache=cache)
+        return cls(
+            Bundle.open(path),
+            backend=backend,
+            precision=precision,
+            cache=cache,
+            tta=tta,
+            coverage=coverage,
+        )
 
     @property
     def engine(self) -> str:
@@ -143,10 +161,16 @@ class FewShotClassifier:
         Where the bundle does not rest on a CT, a second call tells what it would have changed.
         """
         off = self.prototypes.ct_off if context.used else None
-        judge = Judge(self.classes, self.prototypes.min_confidence, self.marks)
+        counted = self.context(None) if off else context
+        judge = Judge(
+            self.classes,
+            self.prototypes.min_confidence,
+            self.marks,
+            self.certificate(counted) if self.coverage else None,
+        )
         for batch in _batches(tiles, self.batch_size):
             said = self.hear(_images(batch), len(batch))
-            answers = self._answers(batch, self.context(None) if off else context, said)
+            answers = self._answers(batch, counted, said)
             beside = self._answers(batch, context, said) if off else [None] * len(batch)
             for tile, answer, other in zip(batch, answers, beside, strict=True):
                 yield judge.prediction(tile, answer, other, context, off)
@@ -206,10 +230,11 @@ class FewShotClassifier:
             ct_of=None,
             statistics=np.stack([tile.statistics for tile in inputs]),
             statistics_of=np.arange(len(inputs), dtype=np.int64),
+            held_out=(),
         )
         means = self._support_means(prototypes, context)
         # All that can fail has been done.
-        self.prototypes, self._means = prototypes, {context.key: means}
+        self.prototypes, self._means, self._certificates = prototypes, {context.key: means}, {}
 
     def encode(self, inputs: Sequence[TileInput]) -> Float:
         """Return what the path encoder says of tiles, `(B, N, C)`: what a support set keeps."""
@@ -220,6 +245,16 @@ class FewShotClassifier:
         if context.key not in self._means:
             self._means[context.key] = self._support_means(self.prototypes, context)
         return self._means[context.key]
+
+    def certificate(self, context: Context) -> Certificate:
+        """What makes a class part of the set of an answer in a CT context."""
+        if context.key not in self._certificates:
+            support = self.prototypes
+            embedded = self.embed_support(support, context)
+            self._certificates[context.key] = certify(
+                own_chances(support, embedded, bool(context.used)), self.coverage or 0.0
+            )
+        return self._certificates[context.key]
 
     def _support_means(self, support: Prototypes, context: Context) -> Float:
         embedded = self.embed_support(support, context)
@@ -302,16 +337,19 @@ class FewShotClassifier:
         """
         support = self.prototypes
         scale = support.scale_with_ct if context.used else support.scale
-        outputs = self._classify.run(
-            {
-                **_named(tiles, features),
-                "ct_tokens": context.tokens,
-                "ct_present": context.present,
-                "prototypes": self.class_prototypes(context),
-                "scale": np.array([scale], dtype=np.float32),
-            }
+        shared = {
+            "ct_tokens": context.tokens,
+            "ct_present": context.present,
+            "prototypes": self.class_prototypes(context),
+            "scale": np.array([scale], dtype=np.float32),
+        }
+        views = orientations(tiles) if self.tta else [tiles]
+        said = [self._classify.run({**_named(view, features), **shared}) for view in views]
+        logits, distances = (
+            said[0][name] if len(said) == 1 else np.mean([one[name] for one in said], axis=0)
+            for name in ("logits", "distances")
         )
-        return softmax(self._finite(outputs["logits"])), outputs["distances"]
+        return softmax(self._finite(logits)), distances
 
     def hear(self, images: Mapping[str, Float], count: int) -> Float | None:
         """Ask the foundation encoders.
@@ -382,6 +420,11 @@ def _several(tiles: Sequence[TileLike]) -> Sequence[TileLike]:
     if isinstance(tiles, str | os.PathLike | Tile | np.ndarray):
         raise TileError("one tile where several are expected: put it in a list")
     return tiles
+
+
+def orientations(tiles: NDArray[Any]) -> list[NDArray[Any]]:
+    """Tiles `(B, M, S, S)` as they are, and turned by 90, 180 and 270 degrees."""
+    return [np.ascontiguousarray(np.rot90(tiles, turns, axes=(2, 3))) for turns in range(4)]
 
 
 def _named(tiles: NDArray[Any], features: Float | None) -> dict[str, NDArray[Any]]:

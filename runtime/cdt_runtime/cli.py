@@ -62,6 +62,13 @@ def infer() -> NoReturn:
     show_default=True,
     help="fp32: never below that of the bundle.",
 )
+@click.option("--tta", is_flag=True, help="The mean of four orientations: four times the work.")
+@click.option(
+    "--coverage",
+    metavar="SHARE",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    help="Also the set of classes that holds the right one this often, such as 0.9.",
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a tile, one a line.")
 @click.option("--no-ct", is_flag=True, help="Ignore the CT; CT_DIR may then be left out.")
 @click.option("--series", metavar="UID", help="Which series, where CT_DIR holds several.")
@@ -82,6 +89,8 @@ def infer_command(
     bundle: str | None,
     backend: str,
     precision: Precision,
+    tta: bool,
+    coverage: float | None,
     as_json: bool,
     no_ct: bool,
     series: str | None,
@@ -102,11 +111,16 @@ def infer_command(
     ct_dir, tiles = _split_paths(paths, no_ct)
     _refuse_empty({"--bundle": bundle, "--series": series, "--channels": channels, "--out": out})
     _refuse_slide_options(as_slide, tiles, out)
-    classifier = _open(bundle, backend, precision)
+    if coverage and (as_slide or tta):
+        other = "--slide" if as_slide else "--tta"
+        raise InputError(f"--coverage is certified for single tiles as they are: not with {other}")
+    classifier = _open(bundle, backend, precision, tta=tta, coverage=coverage)
     if fill_missing:
         require_filling(classifier.preprocess)
     context = classifier.context(ct_dir, series_uid=series, allow_resample=allow_resample)
     names = [name.strip() for name in channels.split(",")] if channels else None
+    if coverage and (note := classifier.certificate(_counted(classifier, context)).note):
+        click.echo(f"note: {note}", err=True)
     reading = {"channels": names, "fill_missing": fill_missing, "mpp": mpp}
     if as_slide:
         sys.exit(_slide(classifier, Path(tiles[0]), context, out, reading, as_json))
@@ -182,17 +196,24 @@ def _refuse_empty(options: dict[str, str | None]) -> None:
             raise InputError(f"{name} is empty: is a variable of your script unset?")
 
 
-def _open(bundle: str | None, backend: str, precision: Precision) -> FewShotClassifier:
+def _open(
+    bundle: str | None, backend: str, precision: Precision, **asked: Any
+) -> FewShotClassifier:
     from cdt_runtime.bundle import newest_bundle
     from cdt_runtime.classifier import FewShotClassifier
 
     path = Path(bundle) if bundle else newest_bundle(Path("engines"))
     if not bundle:
         click.echo(f"bundle: {path} (the newest; --bundle chooses another)", err=True)
-    classifier = FewShotClassifier.open(path, backend=backend, precision=precision)
+    classifier = FewShotClassifier.open(path, backend=backend, precision=precision, **asked)
     for note in classifier.notes:
         click.echo(f"note: {one_line(note)}", err=True)
     return classifier
+
+
+def _counted(classifier: FewShotClassifier, context: Context) -> Context:
+    """The context that answers rest on."""
+    return classifier.context(None) if classifier.prototypes.ct_off else context
 
 
 def _classify(

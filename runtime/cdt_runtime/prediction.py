@@ -63,6 +63,9 @@ class Prediction:
         warnings: what the user should know of this tile.
         unlikeness: how far its colour and texture are from what is known, as a share of the
             limit; above 1 it is refused.
+        prediction_set: classes that hold the right one as often as was asked for, the likeliest
+            first; None where that was not asked for, can't be certified, or the tile shows nothing
+            that the model knows.
         timings_ms: milliseconds of each stage; the engine's time is shared by its batch.
     """
 
@@ -78,6 +81,7 @@ class Prediction:
     channels: dict[str, str | None]
     warnings: tuple[str, ...]
     unlikeness: float
+    prediction_set: tuple[str, ...] | None = None
     timings_ms: dict[str, float] = field(default_factory=dict)
 
     @property

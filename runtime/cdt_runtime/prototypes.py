@@ -60,6 +60,8 @@ class Prototypes:
         statistics: `(E, F)` float32, `tile_statistics` of the tiles that were enrolled on the
             device: what is like them is known, too. None where there are none.
         statistics_of: `(E,)` int64, the place of each in the support.
+        held_out: probability, without CT, that these prototypes give to the class of each tile of
+            the test fold; none once the support has changed.
     """
 
     classes: tuple[str, ...]
@@ -78,6 +80,7 @@ class Prototypes:
     ct_of: NDArray[np.int64] | None = None
     statistics: Float | None = None
     statistics_of: NDArray[np.int64] | None = None
+    held_out: tuple[float, ...] = ()
 
     @property
     def ct_off(self) -> str | None:
@@ -125,6 +128,7 @@ class Prototypes:
             "ct_context": self.ct_context,
             "ct_gain": self.ct_gain,
             "calibration": self.calibration,
+            "held_out": self.held_out,
         }
         return {TENSORS: save(tensors), FACTS: json.dumps(facts, indent=1).encode()}
 
@@ -162,6 +166,7 @@ class Prototypes:
                 ct_of=arrays.get("ct_of"),
                 statistics=arrays.get("statistics"),
                 statistics_of=arrays.get("statistics_of"),
+                held_out=tuple(map(float, values["held_out"])),
             )
         except (SafetensorError, ValueError, KeyError, TypeError) as error:
             raise PrototypeError(f"prototypes can't be read ({error}): export again") from error
@@ -193,6 +198,8 @@ class Prototypes:
                 f"prototypes: scale {scales[0]}, {scales[1]} or min_confidence "
                 f"{self.min_confidence} is out of range: export again"
             )
+        if not all(0 <= chance <= 1 for chance in self.held_out):
+            raise PrototypeError("prototypes: a held-out probability is out of range: export again")
         if self.ct_tokens is not None or self.ct_of is not None:
             self._check_ct(self.ct_tokens, self.ct_of)
         if self.statistics is not None or self.statistics_of is not None:

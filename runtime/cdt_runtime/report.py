@@ -30,6 +30,9 @@ def as_record(prediction: Prediction, classifier: FewShotClassifier) -> dict[str
         "abstained": prediction.abstained,
         "reason": prediction.reason,
         "unlikeness": round(prediction.unlikeness, 3),
+        "tta": classifier.tta,
+        "coverage": classifier.coverage,
+        "prediction_set": prediction.prediction_set,
         "ct": asdict(prediction.ct) if prediction.ct else None,
         "ct_change": asdict(change) if change else None,
         "channels": prediction.channels,
@@ -77,6 +80,8 @@ def as_text(prediction: Prediction) -> str:
         f"    {name:<{width}}  probability {chance:.3f}  distance {prediction.distances[name]:.3f}"
         for name, chance in chances
     ]
+    if prediction.prediction_set is not None:
+        lines.append(f"    set: {', '.join(prediction.prediction_set) or 'no class'}")
     if prediction.ct_change:
         lines.append(f"    {_change_text(prediction, prediction.ct_change)}")
     renamed = [f"{ours} <- {theirs}" for ours, theirs in prediction.channels.items() if theirs]

@@ -98,12 +98,7 @@ def review(
         fit: how prototypes are made, a key of `FITS`.
         scale: factor of the negative squared distance in the logits.
     """
-    counts = np.bincount(labels, minlength=len(classes))
-    chances = np.full((len(labels), len(classes)), np.nan)
-    for fold in _folds(labels, counts):
-        kept = fit_prototypes(embeddings[~fold], labels[~fold], len(classes), fit)
-        squared = 2.0 - 2.0 * embeddings[fold] @ kept.T
-        chances[fold] = softmax(-scale * squared)
+    chances = left_out(embeddings, labels, len(classes), fit, scale)
     tested = ~np.isnan(chances[:, 0])
     found = np.where(tested, np.nan_to_num(chances).argmax(axis=1), -1)
     right = found == labels
@@ -126,6 +121,27 @@ def review(
         close=tuple(_close(labels, found, classes)),
         copies=tuple(_copies(tokens)),
     )
+
+
+def left_out(
+    embeddings: Float, labels: NDArray[np.int64], n_classes: int, fit: str, scale: float
+) -> NDArray[np.float64]:
+    """Probabilities of each support tile by the others, `(S, K)`; NaN where it is alone.
+
+    Args:
+        embeddings: `(S, E)` unit vectors.
+        labels: `(S,)` class indices.
+        n_classes: K.
+        fit: how prototypes are made, a key of `FITS`.
+        scale: factor of the negative squared distance in the logits.
+    """
+    counts = np.bincount(labels, minlength=n_classes)
+    chances = np.full((len(labels), n_classes), np.nan)
+    for fold in _folds(labels, counts):
+        kept = fit_prototypes(embeddings[~fold], labels[~fold], n_classes, fit)
+        squared = 2.0 - 2.0 * embeddings[fold] @ kept.T
+        chances[fold] = softmax(-scale * squared)
+    return chances
 
 
 def _folds(labels: NDArray[np.int64], counts: NDArray[np.int64]) -> Iterator[NDArray[np.bool_]]:

@@ -77,6 +77,7 @@ def added(support: Prototypes, new: NewTiles) -> Prototypes:
         support_sha256=(*support.support_sha256, *new.sha256),
         **_with_ct(support, new),
         **_with_statistics(support, new),
+        held_out=(),
     )
     return _rescaled(grown)
 
@@ -119,6 +120,7 @@ def _only(support: Prototypes, stay: NDArray[np.bool_]) -> Prototypes:
         support_sha256=tuple(sha for sha, kept in hashes if kept),
         ct_of=None if support.ct_of is None else support.ct_of[stay],
         **_statistics_of(support, stay),
+        held_out=(),
     )
 
 

@@ -198,7 +198,7 @@ def _state(
     return {
         "slide": [path.name, facts.st_size, facts.st_mtime_ns],
         "bundle": classifier.bundle.identity,
-        "engine": [classifier.engine, classifier.precision],
+        "engine": [classifier.engine, classifier.precision, classifier.tta],
         "ct": context.key,
         "grid": [plan.grid.rows, plan.grid.columns, round(plan.grid.full_side, 6)],
         "channels": list(plan.reading.order),
