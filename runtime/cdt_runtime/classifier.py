@@ -186,7 +186,7 @@ class FewShotClassifier:
         context = ct if isinstance(ct, Context) else self.context(ct)
         inputs = (self.read(tile, **reading) for tile in _several(tiles))
         batches = _batches(inputs, self.batch_size)
-        parts = [self._embed_tokens(self._tokens(batch), context) for batch in batches]
+        parts = [self.embed_tokens(self._tokens(batch), context) for batch in batches]
         width = self.bundle.manifest["graphs"]["bridge"]["outputs"]["embedding"]["shape"][1]
         return np.concatenate([np.zeros((0, width), np.float32), *parts])
 
@@ -240,6 +240,15 @@ class FewShotClassifier:
         """Return what the path encoder says of tiles, `(B, N, C)`: what a support set keeps."""
         return np.concatenate([self._tokens(batch) for batch in _batches(inputs, self.batch_size)])
 
+    def embed_tokens(self, tokens: Float, context: Context) -> Float:
+        """Embed what `encode` said of tiles in a CT context, `(B, E)` unit vectors."""
+        inputs = {
+            "tile_tokens": tokens,
+            "ct_tokens": context.tokens,
+            "ct_present": context.present,
+        }
+        return self._session("bridge").run(inputs)["embedding"]
+
     def class_prototypes(self, context: Context) -> Float:
         """Return the prototypes `(K, E)` in a CT context; each context is computed once."""
         if context.key not in self._means:
@@ -263,14 +272,14 @@ class FewShotClassifier:
     def embed_support(self, support: Prototypes, context: Context) -> Float:
         """Embed the support: in the context, or with a CT each tile with its own patient's."""
         if context.used is None or support.ct_tokens is None or support.ct_of is None:
-            return self._embed_tokens(support.tokens, context)
+            return self.embed_tokens(support.tokens, context)
         embedded = np.empty((len(support.labels), support.tokens.shape[2]), np.float32)
         for index in np.unique(support.ct_of):
             mine, own = support.ct_of == index, self.context(None)
             if index >= 0:
                 tokens = support.ct_tokens[index : index + 1]
                 own = replace(own, tokens=tokens, present=np.ones(1, np.float32))
-            embedded[mine] = self._embed_tokens(support.tokens[mine], own)
+            embedded[mine] = self.embed_tokens(support.tokens[mine], own)
         return embedded
 
     def context(
@@ -395,14 +404,6 @@ class FewShotClassifier:
 
     def _encode_ct(self, inputs: dict[str, Float]) -> Float:
         return self._finite(self._session("ct_encoder").run(inputs)["ct_tokens"])
-
-    def _embed_tokens(self, tokens: Float, context: Context) -> Float:
-        inputs = {
-            "tile_tokens": tokens,
-            "ct_tokens": context.tokens,
-            "ct_present": context.present,
-        }
-        return self._session("bridge").run(inputs)["embedding"]
 
     def _session(self, graph: str) -> Session:
         if graph not in self._sessions:

@@ -69,6 +69,7 @@ def infer() -> NoReturn:
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
     help="Also the set of classes that holds the right one this often, such as 0.9.",
 )
+@click.option("--card", metavar="FILE", help="Also a page of evidence on the one TILE (HTML).")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a tile, one a line.")
 @click.option("--no-ct", is_flag=True, help="Ignore the CT; CT_DIR may then be left out.")
 @click.option("--series", metavar="UID", help="Which series, where CT_DIR holds several.")
@@ -91,6 +92,7 @@ def infer_command(
     precision: Precision,
     tta: bool,
     coverage: float | None,
+    card: str | None,
     as_json: bool,
     no_ct: bool,
     series: str | None,
@@ -109,7 +111,15 @@ def infer_command(
     from cdt_runtime.tile_input import require_filling
 
     ct_dir, tiles = _split_paths(paths, no_ct)
-    _refuse_empty({"--bundle": bundle, "--series": series, "--channels": channels, "--out": out})
+    _refuse_empty(
+        {
+            "--bundle": bundle,
+            "--series": series,
+            "--channels": channels,
+            "--out": out,
+            "--card": card,
+        }
+    )
     _refuse_slide_options(as_slide, tiles, out)
     if coverage and (as_slide or tta):
         other = "--slide" if as_slide else "--tta"
@@ -123,8 +133,14 @@ def infer_command(
         click.echo(f"note: {note}", err=True)
     reading = {"channels": names, "fill_missing": fill_missing, "mpp": mpp}
     if as_slide:
-        sys.exit(_slide(classifier, Path(tiles[0]), context, out, reading, as_json))
-    sys.exit(_classify(classifier, _expanded(classifier, tiles, names), reading, context, as_json))
+        sys.exit(_slide(classifier, Path(tiles[0]), context, out, reading, as_json, card))
+    found = _expanded(classifier, tiles, names)
+    if card and len(found) != 1:
+        raise InputError(f"--card with {len(found)} tiles: give one at a time")
+    code = _classify(classifier, found, reading, context, as_json)
+    if card and not code:
+        _write_card(classifier, found[0], reading, context, Path(card))
+    sys.exit(code)
 
 
 def _split_paths(paths: tuple[str, ...], no_ct: bool) -> tuple[str | None, tuple[str, ...]]:
@@ -171,6 +187,7 @@ def _slide(
     out: str | None,
     reading: dict[str, Any],
     as_json: bool,
+    card: str | None,
 ) -> int:
     """Classify a slide, write its files and print the summary; return the exit code."""
     import json
@@ -184,10 +201,40 @@ def _slide(
     found = classify_slide(classifier, path, context, folder, **reading)
     summary = results.write_results(found, classifier, context, folder)
     click.echo(json.dumps(summary, ensure_ascii=False) if as_json else results.as_text(summary))
+    if card:
+        from cdt_runtime.evidence.page import slide_page
+
+        _write_page(Path(card), slide_page(summary, (folder / results.OVERVIEW).read_bytes()))
     for tile in found.unreadable[:1]:
         count = len(found.unreadable)
         say(f"{path.name}: {count} tiles can't be read, the first: {tile.reason}")
     return InputError.exit_code if found.unreadable else 0
+
+
+def _write_card(
+    classifier: FewShotClassifier,
+    tile: str,
+    reading: dict[str, Any],
+    context: Context,
+    path: Path,
+) -> None:
+    """Write the page of evidence of one tile."""
+    from cdt_runtime.evidence.found import find_evidence
+    from cdt_runtime.evidence.page import tile_page
+    from cdt_runtime.report import distinct_names
+
+    read = replace(classifier.read(tile, **reading), name=distinct_names([tile])[0])
+    _write_page(path, tile_page(find_evidence(classifier, read, context), classifier))
+
+
+def _write_page(path: Path, page: str) -> None:
+    from cdt_runtime.files import write_synced
+
+    try:
+        write_synced(path, page.encode())
+    except OSError as error:
+        raise InputError(f"--card {path}: can't be written ({error.strerror})") from error
+    click.echo(f"card: {path}", err=True)
 
 
 def _refuse_empty(options: dict[str, str | None]) -> None:

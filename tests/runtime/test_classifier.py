@@ -115,12 +115,12 @@ def test_paired_support_keeps_its_own_patients_ct(
         replace(context, tokens=other),
     ]
     embedded = np.concatenate(
-        [classifier._embed_tokens(shared.tokens[i : i + 1], alone[i]) for i in range(4)]
+        [classifier.embed_tokens(shared.tokens[i : i + 1], alone[i]) for i in range(4)]
     )
     expected = fit_prototypes(embedded, shared.labels, 2, shared.fit)
     assert np.allclose(classifier.class_prototypes(context), expected, atol=1e-6)
     classifier._means.clear()
-    without = classifier._embed_tokens(shared.tokens, nothing)
+    without = classifier.embed_tokens(shared.tokens, nothing)
     expected = fit_prototypes(without, shared.labels, 2, shared.fit)
     assert np.array_equal(classifier.class_prototypes(nothing), expected)
     classifier.fit(tiles, ["a", "b"], ct)
@@ -133,7 +133,7 @@ def test_prototypes_are_fitted_as_in_the_evaluation(
 ) -> None:
     support = classifier.prototypes = replace(classifier.prototypes, fit=fit)
     context = classifier.context(None)
-    embedded = classifier._embed_tokens(support.tokens, context)
+    embedded = classifier.embed_tokens(support.tokens, context)
     expected = fit_prototypes(embedded, support.labels, 2, fit)
     assert np.array_equal(classifier.class_prototypes(context), expected)
 
