@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cdt_export.inputs import TrainingData
+from cdt_runtime.adaptation import densities
 from cdt_runtime.reference import Reference, stacked
 from cdt_runtime.tile_statistics import sharpness, tile_statistics
 
@@ -35,15 +36,22 @@ class Seen:
         statistics: `(n, F)`.
         labels: `(n,)` class indices.
         groups: `(n,)`; tiles of one patient or group share a number.
+        densities: `(n, 2, M)`, mean and standard deviation of each channel's optical density.
     """
 
     statistics: Float
     labels: NDArray[np.int64]
     groups: NDArray[np.int64]
+    densities: Float
 
     def where(self, chosen: NDArray[np.bool_]) -> Seen:
         """Return the chosen tiles."""
-        return Seen(self.statistics[chosen], self.labels[chosen], self.groups[chosen])
+        return Seen(
+            self.statistics[chosen],
+            self.labels[chosen],
+            self.groups[chosen],
+            self.densities[chosen],
+        )
 
 
 def seen_tiles(data: TrainingData) -> Seen:
@@ -59,14 +67,17 @@ def seen_tiles(data: TrainingData) -> Seen:
     numbers = {owner: number for number, owner in enumerate(sorted(set(data.owners(names))))}
     found: list[Float] = []
     labels: list[int] = []
+    density: list[Float] = []
     for start in range(0, len(chosen), AT_ONCE):
         arrays = data.plain_tiles(chosen[start : start + AT_ONCE])
         found += [tile_statistics(tile) for tile in arrays.tiles.numpy()]
+        density += [densities(tile) for tile in arrays.tiles.numpy()]
         labels += arrays.labels.tolist()
     return Seen(
         stacked(found, len(trained.preprocess.channels)),
         np.array(labels, np.int64),
         np.array([numbers[owner] for owner in data.owners(chosen)], np.int64),
+        np.stack(density),
     )
 
 
@@ -131,6 +142,8 @@ def _fitted(seen: Seen, limit: float, channels: int) -> Reference:
         centre=statistics.mean(axis=0).astype(np.float32),
         limit=np.array([limit], np.float32),
         least_sharpness=np.array([least], np.float32),
+        density_mean=seen.densities[:, 0].mean(axis=0),
+        density_spread=seen.densities[:, 1].mean(axis=0),
     )
 
 

@@ -322,6 +322,7 @@ class FewShotClassifier:
             mpp=mpp,
             fill_missing=fill_missing,
             encoders=self.encoders,
+            adaptation=self.prototypes.adaptation,
         )
 
     def classify(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -22,6 +23,7 @@ Examples:
   cdt-doctor engines/NAME           and test and time each on a bundle
   cdt-doctor engines/NAME --json    the same as one JSON object
   cdt-doctor --build engines/NAME   build TensorRT's plans here first: minutes
+  cdt-doctor drift SITE_TILES       does a site look like the training tiles?
 
 \b
 BUNDLE is a folder that cdt-export wrote.  [default: the newest in ./engines]
@@ -33,6 +35,8 @@ Research use only: not a medical device.
 
 def doctor() -> NoReturn:
     """Entry point of `cdt-doctor`."""
+    if sys.argv[1:2] == ["drift"]:
+        run(drift_command, sys.argv[2:])
     run(doctor_command)
 
 
@@ -58,6 +62,42 @@ def doctor_command(path: str | None, build: bool, as_json: bool) -> None:
     click.echo(json.dumps(found, indent=1, ensure_ascii=False) if as_json else as_text(found))
     if not any(engine["works"] for engine in found["engines"]):
         raise BackendError("no engine works here: each says above why, and what to do")
+
+
+@click.command("cdt-doctor drift", context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("tiles_dir")
+@click.option("--bundle", metavar="DIR", help="Bundle folder.  [default: the newest in ./engines]")
+@click.option("--channels", metavar="A,B,...", help="Channel names of tiles that carry none.")
+@click.option("--mpp", type=click.FloatRange(min=0, min_open=True), help="Microns a pixel.")
+@click.option("--backend", default="auto", show_default=True, help="As of cdt-infer.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+def drift_command(
+    tiles_dir: str,
+    bundle: str | None,
+    channels: str | None,
+    mpp: float | None,
+    backend: str,
+    as_json: bool,
+) -> None:
+    """Say whether a site's tiles look like the training tiles.
+
+    TILES_DIR holds 20 or more tiles of the site, with the mix of classes that
+    is seen there; no labels are needed. Where its folders are named as the
+    bundle's classes, the accuracy is told, too.
+    """
+    from dataclasses import asdict
+
+    from cdt_runtime.bundle import newest_bundle
+    from cdt_runtime.classifier import FewShotClassifier
+    from cdt_runtime.drift import as_text as drift_text
+    from cdt_runtime.drift import measure_drift, site_tiles
+
+    path = bundle or newest_bundle(Path("engines"))
+    classifier = FewShotClassifier.open(path, backend=backend)
+    names = [one.strip() for one in channels.split(",")] if channels else None
+    found = measure_drift(classifier, *site_tiles(classifier, tiles_dir, channels=names, mpp=mpp))
+    facts = {**asdict(found), "advised": found.advised, "verdict": found.verdict}
+    click.echo(json.dumps(facts, indent=1) if as_json else drift_text(found))
 
 
 def _opened(path: str | None) -> Bundle | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import datetime
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import numpy as np
 
 from cdt_runtime.bundle import Bundle, change_bundle
 from cdt_runtime.classifier import CtLike, FewShotClassifier
+from cdt_runtime.drift import Drift, measure_drift, site_tiles
 from cdt_runtime.errors import InputError, PrototypeError
 from cdt_runtime.printable import counted
 from cdt_runtime.prototypes import FACTS, TENSORS, Prototypes
@@ -134,6 +135,32 @@ def removing(classifier: FewShotClassifier, name: str) -> Change:
         PrototypeError: there is none of that name, or fewer than two would be left.
     """
     return _change(classifier, f"removed {name}", without_class(classifier.prototypes, name))
+
+
+def adapting(classifier: FewShotClassifier, folder: str, **reading: Any) -> tuple[Change, Drift]:
+    """Prepare to bring a site's tiles to the stain of training; nothing is written.
+
+    Args:
+        classifier: of the bundle.
+        folder: of the site's tiles.
+        **reading: as `FewShotClassifier.read` takes them.
+
+    Raises:
+        TileError: a tile can't be used.
+        InputError: it is not advised, or tiles have been enrolled already.
+    """
+    before = classifier.prototypes
+    if before.adaptation is not None or before.statistics is not None:
+        what = "adapted to a site" if before.adaptation else "holding tiles enrolled"
+        raise InputError(
+            f"--adapt: the bundle is {what} already: go back with cdt-enroll --undo, adapt, and "
+            f"enrol then"
+        )
+    drift = measure_drift(classifier, *site_tiles(classifier, folder, **reading))
+    if not drift.advised:
+        raise InputError(f"--adapt: {drift.verdict}")
+    after = replace(before, adaptation=drift.adaptation, held_out=())
+    return _change(classifier, f"adapted to {counted(drift.tiles, 'tile')}", after), drift
 
 
 def _change(

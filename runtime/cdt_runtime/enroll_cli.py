@@ -25,6 +25,7 @@ Examples:
   cdt-enroll --from TILES                  all of a folder CLASS/*
   cdt-enroll --from tiles.csv              or of a file with path,label
   cdt-enroll --remove necrosis
+  cdt-enroll --adapt SITE_TILES            another site's stain: see cdt-doctor
   cdt-enroll --list
   cdt-enroll --undo
 
@@ -49,6 +50,7 @@ def enroll() -> NoReturn:
 @click.option("--class", "name", metavar="NAME", help="The class that the tiles belong to.")
 @click.option("--from", "source", metavar="PATH", help="Folder CLASS/*, or CSV of path,label.")
 @click.option("--remove", metavar="NAME", help="Take a class out.")
+@click.option("--adapt", metavar="TILES_DIR", help="Bring a site's stain to that of training.")
 @click.option("--list", "show", is_flag=True, help="Show classes and versions.")
 @click.option("--undo", "back", is_flag=True, help="Go back by one version.")
 @click.option("--ct", metavar="CT_DIR", help="The patient's CT.")
@@ -64,6 +66,7 @@ def enroll_command(
     name: str | None,
     source: str | None,
     remove: str | None,
+    adapt: str | None,
     show: bool,
     back: bool,
     ct: str | None,
@@ -77,24 +80,28 @@ def enroll_command(
     """Add classes to a bundle from a few tiles, or take them out."""
     from cdt_runtime.bundle import Bundle, newest_bundle
 
-    asked = [bool(name), bool(source), bool(remove), show, back]
+    asked = [bool(name), bool(source), bool(remove), bool(adapt), show, back]
     if sum(asked) != 1 or bool(tiles) != bool(name):
         raise InputError(
-            "give one of --class NAME TILE ..., --from PATH, --remove NAME, --list and --undo"
+            "give one of --class NAME TILE ..., --from PATH, --remove NAME, --adapt TILES_DIR, "
+            "--list and --undo"
         )
     opened = Bundle.open(bundle or newest_bundle(Path("engines")))
     if show or back:
         _show(_undone(opened, dry_run) if back else opened, as_json)
         return
     from cdt_runtime.classifier import FewShotClassifier
-    from cdt_runtime.enroll import adding, listed_tiles, removing, write_change
+    from cdt_runtime.enroll import adapting, adding, listed_tiles, removing, write_change
     from cdt_runtime.tile_folder import tiles_under
 
     classifier = FewShotClassifier(opened, backend=backend)
     expected = classifier.preprocess.channels
     names = [one.strip() for one in channels.split(",")] if channels else None
+    drift = None
     if remove:
         change = removing(classifier, remove)
+    elif adapt:
+        change, drift = adapting(classifier, adapt, channels=names, mpp=mpp)
     else:
         if source:
             listed = listed_tiles(Path(source), expected)
@@ -104,7 +111,16 @@ def enroll_command(
         change = adding(classifier, listed, ct, channels=names, mpp=mpp)
     changed = opened if dry_run else write_change(opened, change)
     facts = _facts(change, changed, dry_run)
-    click.echo(json.dumps(facts, indent=1, ensure_ascii=False) if as_json else _text(facts))
+    if drift:
+        facts["drift"] = asdict(drift)
+    if as_json:
+        click.echo(json.dumps(facts, indent=1, ensure_ascii=False))
+        return
+    if drift:
+        from cdt_runtime.drift import as_text
+
+        click.echo(as_text(drift) + "\n")
+    click.echo(_text(facts))
 
 
 def _undone(bundle: Bundle, dry_run: bool) -> Bundle:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cdt_runtime.adaptation import Adaptation
 from cdt_runtime.errors import PrototypeError
 
 Float = NDArray[np.float32]
@@ -62,6 +63,7 @@ class Prototypes:
         statistics_of: `(E,)` int64, the place of each in the support.
         held_out: probability, without CT, that these prototypes give to the class of each tile of
             the test fold; none once the support has changed.
+        adaptation: what brings a site's tiles to the stain of training; None for nothing.
     """
 
     classes: tuple[str, ...]
@@ -81,6 +83,7 @@ class Prototypes:
     statistics: Float | None = None
     statistics_of: NDArray[np.int64] | None = None
     held_out: tuple[float, ...] = ()
+    adaptation: Adaptation | None = None
 
     @property
     def ct_off(self) -> str | None:
@@ -129,6 +132,7 @@ class Prototypes:
             "ct_gain": self.ct_gain,
             "calibration": self.calibration,
             "held_out": self.held_out,
+            "adaptation": self.adaptation.to_dict() if self.adaptation else None,
         }
         return {TENSORS: save(tensors), FACTS: json.dumps(facts, indent=1).encode()}
 
@@ -167,6 +171,7 @@ class Prototypes:
                 statistics=arrays.get("statistics"),
                 statistics_of=arrays.get("statistics_of"),
                 held_out=tuple(map(float, values["held_out"])),
+                adaptation=_adaptation(values["adaptation"]),
             )
         except (SafetensorError, ValueError, KeyError, TypeError) as error:
             raise PrototypeError(f"prototypes can't be read ({error}): export again") from error
@@ -225,6 +230,10 @@ class Prototypes:
         places = range(len(self.labels))
         if of is None or of.shape != (len(found),) or not set(of.tolist()) <= set(places):
             raise PrototypeError("prototypes: statistics do not number the support tiles")
+
+
+def _adaptation(stored: Mapping[str, Any] | None) -> Adaptation | None:
+    return None if stored is None else Adaptation.from_dict(stored)
 
 
 def _gain(stored: Mapping[str, Any] | None) -> dict[str, float] | None:

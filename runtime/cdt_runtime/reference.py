@@ -31,6 +31,8 @@ class Reference:
         centre: `(F,)` float32, mean of all tiles.
         limit: `(1,)` float32, the distance beyond which a tile is unlike what is known.
         least_sharpness: `(1,)` float32, that of the least sharp training tile.
+        density_mean: `(M,)` float32, mean optical density of the training tiles' channels.
+        density_spread: `(M,)` float32, mean of its standard deviation within a tile.
 
     Source: Lee et al. 2018, on plain statistics in place of a network's features.
     """
@@ -41,6 +43,8 @@ class Reference:
     centre: Float
     limit: Float
     least_sharpness: Float
+    density_mean: Float
+    density_spread: Float
 
     def to_bytes(self) -> bytes:
         """Return the file that a bundle keeps."""
@@ -77,6 +81,8 @@ class Reference:
             "centre": (size,),
             "limit": (1,),
             "least_sharpness": (1,),
+            "density_mean": (channels,),
+            "density_spread": (channels,),
         }
         for name, shape in expected.items():
             array: NDArray[Any] = getattr(made, name)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cdt_runtime.adaptation import Adaptation
 from cdt_runtime.encoders import Encoders
 from cdt_runtime.errors import TileError
 from cdt_runtime.prediction import TileInput
@@ -33,6 +34,7 @@ def prepare(
     mpp: float | None = None,
     fill_missing: bool = False,
     encoders: Encoders | None = None,
+    adaptation: Adaptation | None = None,
 ) -> TileInput:
     """Read one tile and bring it to the tile input.
 
@@ -42,7 +44,8 @@ def prepare(
         channels: names for the channels of a file that has none.
         mpp: microns a pixel, where the file does not say or is wrong.
         fill_missing: fill a channel that the file lacks with zeros.
-        encoders: foundation encoders that look at it, too.
+        encoders: foundation encoders that look at it, too, as it is.
+        adaptation: to the stain of training; a blank tile stays as it is.
 
     Raises:
         TileError: the tile can't be used.
@@ -58,6 +61,9 @@ def prepare(
         found = read_tile(tile, channels=channels, mpp=mpp)
     pixels, mapping, filled = match_channels(found, preprocess.channels, fill_missing=fill_missing)
     array = preprocess.tile(pixels, found.bits, name=found.source)
+    blank = preprocess.is_blank(array)
+    if adaptation is not None and not blank:
+        array = adaptation(array)
     images = {}
     if encoders is not None and encoders.see_tiles:
         images = encoders.images(pixels, found.bits, preprocess.channels, found.source)
@@ -68,7 +74,7 @@ def prepare(
         array,
         found.source,
         found.sha256,
-        preprocess.is_blank(array),
+        blank,
         mapping,
         (*found.warnings, *(note for note in notes if note)),
         (perf_counter() - started) * 1000.0,

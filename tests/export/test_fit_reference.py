@@ -21,7 +21,8 @@ def some(groups: int, seed: int, shift: float = 0.0) -> Seen:
     own = rng.normal(scale=0.3, size=(3 * groups, SIZE))
     labels = np.arange(groups).repeat(3) % 2
     statistics = (of_group + own) @ mixing + 2.0 * labels[:, None] + shift
-    return Seen(statistics.astype(np.float32), labels, np.arange(groups).repeat(3))
+    densities = np.ones((3 * groups, 2, 3), np.float32)
+    return Seen(statistics.astype(np.float32), labels, np.arange(groups).repeat(3), densities)
 
 
 def test_tiles_of_new_groups_pass_as_often_as_asked() -> None:

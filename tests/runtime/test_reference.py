@@ -77,6 +77,8 @@ def a_reference(limit: float = 3.0) -> Reference:
         centre=np.zeros(size, np.float32),
         limit=np.array([limit], np.float32),
         least_sharpness=np.array([0.5], np.float32),
+        density_mean=np.full(3, 0.5, np.float32),
+        density_spread=np.full(3, 0.2, np.float32),
     )
 
 

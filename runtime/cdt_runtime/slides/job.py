@@ -253,6 +253,7 @@ def _batches(classifier: FewShotClassifier, plan: Plan, done: int) -> Iterator[B
         plan.reading,
         classifier.batch_size,
         classifier.encoders,
+        classifier.prototypes.adaptation,
     )
     with closing(ahead(batches, AHEAD)) as made:
         yield from made

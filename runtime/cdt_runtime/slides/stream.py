@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cdt_runtime.adaptation import Adaptation
 from cdt_runtime.encoders import Encoders
 from cdt_runtime.errors import TileError, naming
 from cdt_runtime.preprocess import Preprocess
@@ -65,6 +66,7 @@ def tile_batches(
     reading: Reading,
     size: int,
     encoders: Encoders | None = None,
+    adaptation: Adaptation | None = None,
 ) -> Iterator[Batch]:
     """Read tiles in the order given, `size` of them a batch.
 
@@ -74,7 +76,8 @@ def tile_batches(
         preprocess: of the model.
         reading: of the slide.
         size: tiles of a batch.
-        encoders: foundation encoders that look at them, too.
+        encoders: foundation encoders that look at them, too, as they are.
+        adaptation: to the stain of training.
 
     Raises:
         TileError: the slide's lists of segments are damaged.
@@ -87,7 +90,7 @@ def tile_batches(
         for place in decoding_ahead(regions, grid, places):
             try:
                 pixels = _in_order(regions.read(grid.box(*place)), reading.order)
-                found.append(_prepared(place, pixels, preprocess, reading, encoders))
+                found.append(_prepared(place, pixels, preprocess, reading, encoders, adaptation))
             except TileError as error:
                 failed.append((place, str(error)))
             if len(found) + len(failed) == size:
@@ -103,8 +106,11 @@ def _prepared(
     preprocess: Preprocess,
     reading: Reading,
     encoders: Encoders | None,
+    adaptation: Adaptation | None,
 ) -> _Read:
     tile = preprocess.tile(pixels, reading.bits, name=reading.name)
+    if adaptation is not None and not preprocess.is_blank(tile):
+        tile = adaptation(tile)
     images = {}
     if encoders is not None and encoders.see_tiles:
         images = encoders.images(pixels, reading.bits, preprocess.channels, reading.name)
