@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -176,3 +177,20 @@ def test_what_fails_on_the_gpu_does_not_cost_the_rest(
     assert "\nplans: OSError: its library is odd at line 1\n" in out
     assert "Traceback" in err
     assert "\ncuda: self-test " in out
+
+
+def test_the_readme_shows_how_doubt_holds(bench: ModuleType) -> None:
+    doubt = importlib.import_module("doubt")
+    found = sys.modules["records"].read_results()["doubt"]["figures"]
+    assert doubt.block(found) in (ROOT / "README.md").read_text("utf-8")
+
+
+def test_foreign_tiles_are_tiles(bench: ModuleType, real_data: Path) -> None:
+    made = importlib.import_module("doubt_tiles").foreign(
+        [np.full((64, 64, 3), 9, np.uint8)] * 3, real_data
+    )
+    for name, tiles in made.items():
+        assert len(tiles) >= 3, name
+        assert {(tile.dtype, tile.ndim, tile.shape[2]) for tile in tiles} == {
+            (np.dtype(np.uint8), 3, 3)
+        }, name
