@@ -25,7 +25,7 @@ Examples:
   cdt-enroll --from TILES                  all of a folder CLASS/*
   cdt-enroll --from tiles.csv              or of a file with path,label
   cdt-enroll --remove necrosis
-  cdt-enroll --adapt SITE_TILES            another site's stain: see cdt-doctor
+  cdt-enroll --adapt SITE_TILES            to the stain of another site
   cdt-enroll --list
   cdt-enroll --undo
 
