@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -275,18 +276,21 @@ def _classify(
 
     names = report.distinct_names(tiles)
     code, last = 0, None
+    outcomes: Counter[str] = Counter()
     for answer in _answers(classifier, tiles, names, reading, context):
         if isinstance(answer, Failure):
             code = answer.error.exit_code
+            outcomes["unreadable"] += 1
             say(answer.error)
             if as_json:
                 click.echo(report.failure_as_json(answer.tile, one_line(answer.error)))
         else:
             last = answer
+            outcomes[(answer.reason or "answered").split(":")[0]] += 1
             text = report.as_json(answer, classifier) if as_json else report.as_text(answer)
             click.echo(text)
     if last is not None and not as_json:
-        click.echo("\n" + report.context_text(classifier, last))
+        click.echo("\n" + report.context_text(classifier, last, outcomes))
     return code
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -91,11 +91,20 @@ def as_text(prediction: Prediction) -> str:
     return "\n".join(lines)
 
 
-def context_text(classifier: FewShotClassifier, prediction: Prediction) -> str:
-    """Return the lines that hold for all tiles of a run: CT, bundle, engine, training data."""
+def context_text(
+    classifier: FewShotClassifier, prediction: Prediction, outcomes: Mapping[str, int]
+) -> str:
+    """Return the lines that hold for all tiles of a run: CT, bundle, engine, training data.
+
+    Args:
+        classifier: that answered.
+        prediction: one of its answers.
+        outcomes: of how many tiles what was said; of a single tile that is not repeated.
+    """
     counts = classifier.prototypes.counts()
     support = ", ".join(f"{count} {name}" for name, count in counts.items())
     lines = [
+        *_outcomes_text(outcomes),
         f"CT        {_ct_text(prediction)}",
         f"bundle    {bundle_name(classifier.bundle)}; support tiles: {support}",
         f"engine    {classifier.engine}",
@@ -103,6 +112,14 @@ def context_text(classifier: FewShotClassifier, prediction: Prediction) -> str:
         NOTICE,
     ]
     return "\n".join(lines)
+
+
+def _outcomes_text(outcomes: Mapping[str, int]) -> list[str]:
+    total = sum(outcomes.values())
+    if total < 2:
+        return []
+    ordered = sorted(outcomes.items(), key=lambda item: (item[0] != "answered", -item[1]))
+    return [f"tiles     {total}: {', '.join(f'{count} {name}' for name, count in ordered)}"]
 
 
 def bundle_name(bundle: Bundle) -> str:

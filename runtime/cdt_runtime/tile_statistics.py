@@ -32,23 +32,23 @@ def tile_statistics(tile: NDArray[Any]) -> Float:
     Returns:
         `(F,)` float32: of each channel the mean, the logarithm of the standard deviation, the
         skewness, and the logarithm of the mean difference of neighbours at each of `SCALES`; then
-        the correlation of each pair of channels.
+        the correlation of each pair of channels. Of every second pixel: on the way of each tile
+        this must cost next to nothing.
     """
     channels = len(tile)
-    detail = tile.astype(np.float32)
-    if tile.dtype == np.uint8:
-        detail *= np.float32(1 / 255)
-    flat = detail.reshape(channels, -1)
+    detail = tile.astype(np.int16) if tile.dtype == np.uint8 else np.float32(255) * tile
+    flat = detail[:, ::2, ::2].reshape(channels, -1).astype(np.float32)
+    flat *= np.float32(1 / 255)
     means = flat.mean(axis=1)
-    offsets = flat - means[:, None]
-    covariance = offsets @ offsets.T / flat.shape[1]
+    flat -= means[:, None]
+    covariance = flat @ flat.T / flat.shape[1]
     spread = np.sqrt(np.diag(covariance)) + LEAST_SPREAD
-    offsets /= spread[:, None]
-    skewness = np.einsum("ms,ms,ms->m", offsets, offsets, offsets) / flat.shape[1]
-    found = [means, np.log(spread), skewness]
-    for _ in range(SCALES):
-        found.append(np.log(_roughness(detail) + FLOOR))
-        detail = _halved(detail)
+    cubes = (flat * flat * flat).mean(axis=1)
+    found = [means, np.log(spread), cubes / spread**3]
+    for scale in range(SCALES):
+        found.append(np.log(_roughness(detail) / (255 * 4**scale) + FLOOR))
+        if scale + 1 < SCALES:
+            detail = _summed(detail)
     first, second = np.triu_indices(channels, k=1)
     found.append((covariance / np.outer(spread, spread))[first, second])
     result: Float = np.concatenate(found).astype(np.float32)
@@ -74,20 +74,19 @@ def sharpness(statistics: Float, channels: int) -> Float:
     return result
 
 
-def _roughness(detail: Float) -> Float:
-    """Mean difference of neighbours of each channel."""
-    across = detail[:, :, 1:] - detail[:, :, :-1]
-    down = detail[:, 1:] - detail[:, :-1]
-    result: Float = np.abs(across, out=across).mean(axis=(1, 2))
-    result += np.abs(down, out=down).mean(axis=(1, 2))
-    return result
-
-
-def _halved(detail: Float) -> Float:
-    """Means of 2 x 2 pixels."""
-    rows, columns = (size // 2 * 2 for size in detail.shape[1:])
-    even = detail[:, :rows, :columns]
-    result: Float = np.float32(0.25) * (
-        even[:, ::2, ::2] + even[:, 1::2, ::2] + even[:, ::2, 1::2] + even[:, 1::2, 1::2]
+def _roughness(detail: NDArray[Any]) -> NDArray[np.float64]:
+    """Mean difference of neighbours of each channel, on every second row and column."""
+    across = np.abs(detail[:, ::2, 1:] - detail[:, ::2, :-1])
+    down = np.abs(detail[:, 1:, ::2] - detail[:, :-1, ::2])
+    result: NDArray[np.float64] = across.mean(axis=(1, 2), dtype=np.float64) + down.mean(
+        axis=(1, 2), dtype=np.float64
     )
     return result
+
+
+def _summed(detail: NDArray[Any]) -> NDArray[Any]:
+    """Sums of 2 x 2 pixels: 16 of 8 bits still fit."""
+    rows, columns = (size // 2 * 2 for size in detail.shape[1:])
+    pairs = detail[:, 0:rows:2, :columns] + detail[:, 1:rows:2, :columns]
+    summed: NDArray[Any] = pairs[:, :, ::2] + pairs[:, :, 1::2]
+    return summed
