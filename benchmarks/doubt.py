@@ -29,7 +29,7 @@ from cdt_runtime.bundle import Bundle
 from cdt_runtime.classifier import orientations
 from cdt_runtime.conformal import certify
 from cdt_runtime.enroll import adding, removing, write_change
-from cdt_runtime.prototypes import fit_prototypes, softmax
+from cdt_runtime.prototypes import fit_prototypes, softmax, transduced
 from cdt_runtime.review import left_out
 from cdt_train.trained import Trained, load_trained
 
@@ -148,6 +148,44 @@ def views(test: Test) -> dict[str, Any]:
     return found
 
 
+def transduction(test: Test) -> dict[str, Any]:
+    """Gain of prototypes drawn towards the queries, balanced or not (Dirichlet, .5)."""
+    kinds, fit, embedded = (
+        len(test.classifier.classes),
+        test.classifier.prototypes.fit,
+        test.views[0],
+    )
+    found: dict[str, Any] = {}
+    for shots in (1, 3, 5):
+        gains: dict[str, list[float]] = {"balanced": [], "unbalanced": []}
+        for number, (support, queries) in enumerate(test.episodes(shots)):
+            rng = np.random.default_rng((9, shots, number))
+            known, scale = test.labels[support], test.scale(shots)
+            means = fit_prototypes(embedded[support], known, kinds, fit)
+            for name, shares in (
+                ("balanced", np.full(kinds, 1 / kinds)),
+                ("unbalanced", rng.dirichlet(np.full(kinds, 0.5))),
+            ):
+                counts = np.round(60 * shares).astype(int)
+                some = np.concatenate(
+                    [queries[test.labels[queries] == k][:n] for k, n in enumerate(counts)]
+                )
+                drawn = transduced(means, embedded[support], known, embedded[some], scale)
+                right = [
+                    (embedded[some] @ one.T).argmax(axis=1) == test.labels[some]
+                    for one in (drawn, means)
+                ]
+                gains[name].append(float(right[0].mean() - right[1].mean()))
+        found[str(shots)] = {
+            name: {
+                "gain": float(np.mean(ones)),
+                "ci95": float(1.96 * np.std(ones, ddof=1) / np.sqrt(len(ones))),
+            }
+            for name, ones in gains.items()
+        }
+    return found
+
+
 def foreign(test: Test, data: Path) -> dict[str, Any]:
     """Share of foreign input, and of the test tiles, that gets no answer for what it is."""
     pictures = [np.asarray(tile.transpose(1, 2, 0)) for tile in test.arrays]
@@ -228,6 +266,13 @@ def block(found: Mapping[str, Any]) -> str:
     gains = ", ".join(
         f"{100 * one['gain']:+.1f} ± {100 * one['ci95']:.1f}" for one in found["views"].values()
     )
+    drawn = {
+        name: ", ".join(
+            f"{100 * one[name]['gain']:+.1f} ± {100 * one[name]['ci95']:.1f}"
+            for one in found["transduction"].values()
+        )
+        for name in ("balanced", "unbalanced")
+    }
     kinds = [
         (name, str(one["tiles"]), f"{100 * one['refused']:.1f} %")
         for name, one in found["foreign"].items()
@@ -238,7 +283,9 @@ def block(found: Mapping[str, Any]) -> str:
             "",
             markdown(("sets, by tiles left out", *levels), rows),
             "",
-            f"`--tta`, points at K = {', '.join(found['views'])}: {gains}.",
+            f"`--tta`, points at K = {', '.join(found['views'])}: {gains}. `--transductive`, "
+            f"points at K = {', '.join(found['transduction'])}, classes equally frequent: "
+            f"{drawn['balanced']}; unequally: {drawn['unbalanced']}.",
             "",
             markdown(("shown", "tiles", "refused"), kinds),
             "",
@@ -270,6 +317,7 @@ def main(checkpoint: Path, data: Path) -> None:
         parts: dict[str, Callable[[], Any]] = {
             "sets": lambda: sets(test),
             "views": lambda: views(test),
+            "transduction": lambda: transduction(test),
             "foreign": lambda: foreign(test, data),
             "enrolment": lambda: enrolment(test, own),
         }

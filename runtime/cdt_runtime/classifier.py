@@ -33,6 +33,7 @@ from cdt_runtime.prototypes import (
     encode_labels,
     fit_prototypes,
     softmax,
+    transduced,
 )
 from cdt_runtime.reference import REFERENCE, Reference
 from cdt_runtime.tile import Tile
@@ -239,6 +240,34 @@ class FewShotClassifier:
     def encode(self, inputs: Sequence[TileInput]) -> Float:
         """Return what the path encoder says of tiles, `(B, N, C)`: what a support set keeps."""
         return np.concatenate([self._tokens(batch) for batch in _batches(inputs, self.batch_size)])
+
+    def transduce(self, tiles: Sequence[TileInput], context: Context) -> int:
+        """Draw the prototypes towards the tiles that are about to be classified, in memory.
+
+        Tiles that show no tissue, are blurred or unlike what is known are left out.
+
+        Args:
+            tiles: that will be classified in this context.
+            context: the CT's, or none.
+
+        Returns:
+            How many tiles were used.
+        """
+        counted = self.context(None) if self.prototypes.ct_off else context
+        looks = self.looks([tile.statistics for tile in tiles])
+        used = [
+            tile for tile, look in zip(tiles, looks, strict=True) if not (tile.blank or look.word)
+        ]
+        if used:
+            support = self.prototypes
+            self._means[counted.key] = transduced(
+                self.class_prototypes(counted),
+                self.embed_support(support, counted),
+                support.labels,
+                self.embed_tokens(self.encode(used), counted),
+                support.scale_with_ct if counted.used else support.scale,
+            )
+        return len(used)
 
     def embed_tokens(self, tokens: Float, context: Context) -> Float:
         """Embed what `encode` said of tiles in a CT context, `(B, E)` unit vectors."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -64,6 +64,7 @@ def infer() -> NoReturn:
     help="fp32: never below that of the bundle.",
 )
 @click.option("--tta", is_flag=True, help="The mean of four orientations: four times the work.")
+@click.option("--transductive", is_flag=True, help="Draw the classes towards all TILEs first.")
 @click.option(
     "--coverage",
     metavar="SHARE",
@@ -92,6 +93,7 @@ def infer_command(
     backend: str,
     precision: Precision,
     tta: bool,
+    transductive: bool,
     coverage: float | None,
     card: str | None,
     as_json: bool,
@@ -122,9 +124,9 @@ def infer_command(
         }
     )
     _refuse_slide_options(as_slide, tiles, out)
-    if coverage and (as_slide or tta):
-        other = "--slide" if as_slide else "--tta"
-        raise InputError(f"--coverage is certified for single tiles as they are: not with {other}")
+    _refuse_combined(coverage, {"--slide": as_slide, "--tta": tta, "--transductive": transductive})
+    if transductive and (as_slide or card):
+        raise InputError("--transductive is for tiles alone: leave --slide and --card out")
     classifier = _open(bundle, backend, precision, tta=tta, coverage=coverage)
     if fill_missing:
         require_filling(classifier.preprocess)
@@ -138,7 +140,7 @@ def infer_command(
     found = _expanded(classifier, tiles, names)
     if card and len(found) != 1:
         raise InputError(f"--card with {len(found)} tiles: give one at a time")
-    code = _classify(classifier, found, reading, context, as_json)
+    code = _classify(classifier, found, reading, context, as_json, transductive)
     if card and not code:
         _write_card(classifier, found[0], reading, context, Path(card))
     sys.exit(code)
@@ -169,6 +171,14 @@ def _refuse_slide_options(as_slide: bool, tiles: tuple[str, ...], out: str | Non
         raise InputError("--out is for whole slides: add --slide, or redirect standard output")
     if as_slide and len(tiles) != 1:
         raise InputError(f"--slide with {len(tiles)} files: give one slide at a time")
+
+
+def _refuse_combined(coverage: float | None, others: dict[str, bool]) -> None:
+    for name, given in others.items():
+        if coverage and given:
+            raise InputError(
+                f"--coverage is certified for single tiles as they are: not with {name}"
+            )
 
 
 def _expanded(
@@ -270,6 +280,7 @@ def _classify(
     reading: dict[str, Any],
     context: Context,
     as_json: bool,
+    transductive: bool,
 ) -> int:
     """Print an answer or an error for each tile, in the order given; return the exit code."""
     from cdt_runtime import report
@@ -277,7 +288,7 @@ def _classify(
     names = report.distinct_names(tiles)
     code, last = 0, None
     outcomes: Counter[str] = Counter()
-    for answer in _answers(classifier, tiles, names, reading, context):
+    for answer in _answers(classifier, tiles, names, reading, context, transductive):
         if isinstance(answer, Failure):
             code = answer.error.exit_code
             outcomes["unreadable"] += 1
@@ -308,8 +319,12 @@ def _answers(
     names: list[str],
     reading: dict[str, Any],
     context: Context,
+    transductive: bool,
 ) -> Iterator[Prediction | Failure]:
-    """Classify in batches, reading ahead; a failure takes its tile's place between the answers."""
+    """Classify in batches, reading ahead; a failure takes its tile's place between the answers.
+
+    Where the classes are drawn towards all tiles first, these are read into memory.
+    """
     from cdt_runtime.parallel import mapped
 
     def read(item: tuple[str, str]) -> TileInput | Failure:
@@ -321,7 +336,12 @@ def _answers(
 
     waiting: list[TileInput] = []
     size = classifier.batch_size
-    for found in mapped(read, zip(tiles, names, strict=True), 2 * size):
+    inputs: Iterable[TileInput | Failure] = mapped(read, zip(tiles, names, strict=True), 2 * size)
+    if transductive:
+        inputs = list(inputs)
+        used = classifier.transduce([x for x in inputs if not isinstance(x, Failure)], context)
+        click.echo(f"note: classes drawn towards {used} tiles", err=True)
+    for found in inputs:
         if isinstance(found, Failure):
             yield from classifier.predict_each(waiting, context)
             yield found

@@ -412,6 +412,50 @@ def _left_out_error(
     return float(np.square(dual / diagonal[:, None]).sum())
 
 
+UNLABELLED = 0.3
+"""What an unlabelled tile counts for in `transduced`, where a support tile counts for 1."""
+
+SHARPER = 3.0
+"""Factor of the logits there: a tile between classes should pull at none."""
+
+TRANSDUCTIONS = 3
+"""Times that `transduced` assigns the tiles anew."""
+
+
+def transduced(
+    prototypes: Float,
+    support: Float,
+    labels: NDArray[np.int64],
+    unlabelled: Float,
+    scale: float,
+) -> Float:
+    """Draw prototypes towards unlabelled tiles, each towards those that are likely its own.
+
+    It takes the classes to be about equally frequent among the unlabelled tiles: where they are
+    not, the rare ones are drawn into the frequent ones.
+
+    Args:
+        prototypes: `(K, E)` unit vectors, to begin with.
+        support: `(S, E)` unit vectors.
+        labels: `(S,)` class indices.
+        unlabelled: `(n, E)` unit vectors.
+        scale: factor of the negative squared distance in the logits.
+
+    Returns:
+        `(K, E)` float32 unit vectors.
+
+    Source: Ren et al. 2018, soft k-means.
+    """
+    one_hot, _ = _one_hot(labels, len(prototypes))
+    sums = one_hot.T @ support
+    drawn = prototypes
+    for _ in range(TRANSDUCTIONS):
+        squared = 2.0 - 2.0 * unlabelled @ drawn.T
+        shares = softmax(-SHARPER * scale * squared)
+        drawn = _unit_rows(sums + UNLABELLED * shares.T @ unlabelled)
+    return drawn
+
+
 def softmax(logits: NDArray[Any]) -> NDArray[np.float64]:
     """Turn logits `(..., K)` into probabilities that sum to 1 over the last axis."""
     shifted = np.exp(logits - logits.max(axis=-1, keepdims=True), dtype=np.float64)

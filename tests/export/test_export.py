@@ -47,6 +47,7 @@ def test_a_bundle_holds_every_part_in_single_files(bundle_dir: Path) -> None:
         "golden.npz",
         "prototypes.json",
         "prototypes.safetensors",
+        "reference.safetensors",
         "split.safetensors",
     }
     for name in GRAPHS:
