@@ -61,6 +61,7 @@ class FewShotClassifier:
         notes: why `auto` may not use an engine that is there, one line each.
         encoders: foundation encoders that the bundle holds.
         marks: what every answer has to say of these, one line each.
+        contexts: makes what `context` gives.
 
     Raises:
         BundleError, PrototypeError, BackendError: they can't be used here.
@@ -100,7 +101,7 @@ class FewShotClassifier:
         self._means: dict[str, Float] = {}
         self._certificates: dict[str, Certificate] = {}
         self._classify = self._session("tile_classifier")
-        self._contexts = CtContexts(bundle, tokens, self.encoders, self.engine, self._encode_ct)
+        self.contexts = CtContexts(bundle, tokens, self.encoders, self.engine, self._encode_ct)
 
     @classmethod
     def open(
@@ -325,10 +326,10 @@ class FewShotClassifier:
             SeriesError: the series can't be used.
         """
         if ct is None:
-            return self._contexts.none()
+            return self.contexts.none()
         if isinstance(ct, Volume):
-            return self._contexts.of_volume(ct)
-        return self._contexts.of_folder(Path(ct), series_uid, allow_resample)
+            return self.contexts.of_volume(ct)
+        return self.contexts.of_folder(Path(ct), series_uid, allow_resample)
 
     def _finite(self, answer: Float) -> Float:
         if not np.isfinite(answer).all():

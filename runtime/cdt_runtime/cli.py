@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -142,7 +143,10 @@ def infer_command(
         raise InputError(f"--card with {len(found)} tiles: give one at a time")
     code = _classify(classifier, found, reading, context, as_json, transductive)
     if card and not code:
-        _write_card(classifier, found[0], reading, context, Path(card))
+        read_ct = ct_dir and partial(
+            classifier.contexts.input_of_folder, Path(ct_dir), series, allow_resample
+        )
+        _write_card(classifier, found[0], reading, context, read_ct or None, Path(card))
     sys.exit(code)
 
 
@@ -227,6 +231,7 @@ def _write_card(
     tile: str,
     reading: dict[str, Any],
     context: Context,
+    read_ct: Callable[[], Any] | None,
     path: Path,
 ) -> None:
     """Write the page of evidence of one tile."""
@@ -235,7 +240,7 @@ def _write_card(
     from cdt_runtime.report import distinct_names
 
     read = replace(classifier.read(tile, **reading), name=distinct_names([tile])[0])
-    _write_page(path, tile_page(find_evidence(classifier, read, context), classifier))
+    _write_page(path, tile_page(find_evidence(classifier, read, context, read_ct), classifier))
 
 
 def _write_page(path: Path, page: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 
@@ -80,7 +81,7 @@ class CtContexts:
         )
 
         def read() -> Float:
-            return preprocess.ct_of_means(load_reduced(series, preprocess.ct_means_shape))
+            return self._input(series)
 
         def whole() -> Volume:
             return read_series(
@@ -91,6 +92,40 @@ class CtContexts:
             )
 
         return self._encoded(series.state, series, read, whole, started)
+
+    def input_of_folder(self, folder: Path, series_uid: str | None, allow_resample: bool) -> Float:
+        """Read a series as the CT encoder takes it, `(1, W, D, S, S)`.
+
+        Raises:
+            SeriesError: it can't be used.
+        """
+        return self._input(
+            scan_series(
+                folder,
+                series_uid=series_uid,
+                min_slices=self._preprocess.min_slices,
+                allow_resample=allow_resample,
+            )
+        )
+
+    def of_input(self, ct_input: Float, like: Context, name: str) -> Context:
+        """Encode an input in another's place; nothing is kept.
+
+        Args:
+            ct_input: `(1, W, D, S, S)`.
+            like: the context that it stands in for.
+            name: that tells it from that one.
+        """
+        return replace(like, tokens=self._run({"ct": ct_input}), key=f"{like.key} {name}")
+
+    @property
+    def alone(self) -> bool:
+        """Whether no foundation encoder looks at the CT, too."""
+        return not self._layout
+
+    def _input(self, series: Series) -> Float:
+        means = load_reduced(series, self._preprocess.ct_means_shape)
+        return self._preprocess.ct_of_means(means)
 
     def _encoded(
         self,

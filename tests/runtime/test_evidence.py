@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,11 @@ import pytest
 from PIL import Image
 
 from cdt_runtime import FewShotClassifier
+from cdt_runtime.bundle import Bundle, write_bundle
 from cdt_runtime.cli import infer_command
-from cdt_runtime.evidence.found import GRID, Evidence, covered_tiles, find_evidence
+from cdt_runtime.evidence.found import GRID, Evidence, covered_slices, covered_tiles, find_evidence
 from cdt_runtime.evidence.page import slide_page, tile_page
+from cdt_runtime.prototypes import FACTS
 
 Shell = Callable[..., tuple[int, str, str]]
 BROWSER = next(
@@ -90,6 +94,34 @@ def test_covering_changes_the_answer_by_what_is_covered(
     left = classifier.classify(covered, context)[0][0, place]
     whole = evidence.prediction.probabilities[evidence.likeliest]
     assert evidence.relevance[0, 5] == pytest.approx(whole - left, abs=1e-5)
+
+
+def test_slices_are_covered_where_the_answer_rests_on_the_ct(
+    bundle_dir: Path, phantom_dir: Path, tmp_path: Path, cache_dir: Path
+) -> None:
+    bundle = Bundle.open(bundle_dir)
+    files = {name: bundle.read(name) for name in bundle.manifest["files"]}
+    files[FACTS] = json.dumps(json.loads(files[FACTS]) | {"ct_context": True}).encode()
+    own = write_bundle(tmp_path / "own", files, bundle.manifest)
+    classifier = FewShotClassifier(own, backend="onnxruntime")
+    patient = phantom_dir / "new_patient"
+    tile = classifier.read(sorted(patient.glob("*.tif"))[0])
+    context = classifier.context(patient / "ct")
+    read = partial(classifier.contexts.input_of_folder, patient / "ct", None, False)
+    found = find_evidence(classifier, tile, context, read)
+    depth = classifier.preprocess.ct_depth
+    assert found.slices is not None
+    assert found.slices.shape == (depth,)
+    covered = dict(covered_slices(read()))["without slice 2"]
+    assert (covered != read()).any(axis=(0, 1, 3, 4)).tolist() == [n == 2 for n in range(depth)]
+    there = classifier.contexts.of_input(covered, context, "again")
+    place = classifier.classes.index(found.likeliest)
+    left = classifier.classify(tile.array[None], there)[0][0, place]
+    whole = found.prediction.probabilities[found.likeliest]
+    assert found.slices[2] == pytest.approx(whole - left, abs=1e-5)
+    page = tile_page(found, classifier)
+    assert f"The {depth} slices that the model sees" in page
+    assert find_evidence(classifier, tile, classifier.context(None), read).slices is None
 
 
 class Outline(HTMLParser):

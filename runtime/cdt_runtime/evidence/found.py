@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +55,9 @@ class Evidence:
         relevance: `(GRID, GRID)`, by how much the probability of the likeliest class falls when
             that part of the tile is covered by the tile's mean.
         tile: `(M, S, S)`, the tile input.
+        slices: `(D,)`, by how much that probability falls when that slice of the CT input is
+            covered by the CT's mean; None where the answer does not rest on a CT alone.
+        ct: `(D, S, S)`, the first window of the CT input, -1 to 1; None likewise.
     """
 
     prediction: Prediction
@@ -61,6 +65,8 @@ class Evidence:
     support: tuple[SupportTile, ...]
     relevance: Float
     tile: NDArray[Any]
+    slices: Float | None = None
+    ct: Float | None = None
 
     @property
     def changed_by_one(self) -> int:
@@ -70,13 +76,19 @@ class Evidence:
         )
 
 
-def find_evidence(classifier: FewShotClassifier, tile: TileInput, context: Context) -> Evidence:
+def find_evidence(
+    classifier: FewShotClassifier,
+    tile: TileInput,
+    context: Context,
+    read_ct: Callable[[], Float] | None = None,
+) -> Evidence:
     """Ask what the answer to a tile rests on.
 
     Args:
         classifier: of the bundle.
         tile: as `FewShotClassifier.read` gives it.
         context: the CT's, or none.
+        read_ct: reads the CT input `(1, W, D, S, S)`; asked where the answer rests on it.
 
     Raises:
         BackendError: the engine gave no answer.
@@ -85,12 +97,19 @@ def find_evidence(classifier: FewShotClassifier, tile: TileInput, context: Conte
     counted = classifier.context(None) if classifier.prototypes.ct_off else context
     chances = prediction.probabilities
     likeliest = max(chances, key=lambda name: chances[name])
+    place = classifier.classes.index(likeliest)
+    ct_input, slices = None, None
+    if read_ct and counted.used and classifier.contexts.alone:
+        ct_input = read_ct()
+        slices = _slices(classifier, tile, counted, ct_input, place)
     return Evidence(
         prediction=prediction,
         likeliest=likeliest,
         support=_support(classifier, tile, counted),
-        relevance=_relevance(classifier, tile, counted, classifier.classes.index(likeliest)),
+        relevance=_relevance(classifier, tile, counted, place),
         tile=tile.array,
+        slices=slices,
+        ct=None if ct_input is None else ct_input[0, 0],
     )
 
 
@@ -151,6 +170,28 @@ def _relevance(
         parts.append(classifier.classify(batch, context, features)[0][:, place])
     left: Float = np.concatenate(parts).reshape(GRID, GRID).astype(np.float32)
     return np.float32(whole[0, place]) - left
+
+
+def _slices(
+    classifier: FewShotClassifier, tile: TileInput, context: Context, ct_input: Float, place: int
+) -> Float:
+    """Cover each slice of the CT input in turn."""
+    images = {key: image[None] for key, image in tile.images.items()}
+    said = classifier.hear(images, 1)
+    found = []
+    for name, seen in [("whole", ct_input), *covered_slices(ct_input)]:
+        there = classifier.contexts.of_input(seen, context, name)
+        found.append(classifier.classify(tile.array[None], there, said)[0][0, place])
+    return np.array(found[0] - np.array(found[1:]), np.float32)
+
+
+def covered_slices(ct_input: Float) -> Iterator[tuple[str, Float]]:
+    """Copies of a CT input `(1, W, D, S, S)`, each with a slice covered by its window's mean."""
+    means = ct_input.mean(axis=(2, 3, 4))
+    for number in range(ct_input.shape[2]):
+        copy = ct_input.copy()
+        copy[:, :, number] = means[..., None, None]
+        yield f"without slice {number}", copy
 
 
 def covered_tiles(tile: NDArray[Any]) -> NDArray[Any]:

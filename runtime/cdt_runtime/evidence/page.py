@@ -32,6 +32,9 @@ FOR, AGAINST = (0, 114, 178), (213, 94, 0)
 COLOURS = ("red", "green", "blue")
 """Of the first markers of a tile that is not RGB."""
 
+ABREAST = 8
+"""Slices of the CT in a row."""
+
 STRONG = 0.05
 """Change of a probability from which on a colour covers a part fully, at the least."""
 
@@ -44,7 +47,7 @@ def tile_page(evidence: Evidence, classifier: FewShotClassifier) -> str:
         f'<div class="top">{_picture(evidence, classifier.preprocess.channels)}'
         f"<div>{_bars(prediction.probabilities)}{_doubt(prediction)}</div></div>",
         _support(evidence),
-        _ct(prediction),
+        _ct(evidence),
         _identity(prediction, classifier),
     ]
     return _page(prediction.tile, parts)
@@ -225,13 +228,15 @@ def _support_row(one: SupportTile, likeliest: str) -> Row:
     )
 
 
-def _ct(prediction: Prediction) -> str:
+def _ct(evidence: Evidence) -> str:
+    prediction = evidence.prediction
     ct, change = prediction.ct, prediction.ct_change
     if ct is None:
         return _section("What the CT changed", "<p>There was none: the tile alone decides.</p>")
     facts = {"CT": ct.series}
     if change is None:
-        return _section("What the CT changed", f"<p>The answer rests on it.</p>{_facts(facts)}")
+        shown = f"<p>The answer rests on it.</p>{_facts(facts)}{_strip(evidence)}"
+        return _section("What the CT changed", shown)
     chances = prediction.probabilities
     rows = [
         (name, _percent(chances[name]), _percent(chances[name] + change.shift[name]))
@@ -239,6 +244,33 @@ def _ct(prediction: Prediction) -> str:
     ]
     table = _table(("class", "without (the answer)", "with the CT"), rows)
     return _section("What the CT would change", f"<p>{escape(ct.off or '')}</p>{table}")
+
+
+def _strip(evidence: Evidence) -> str:
+    """The slices of the CT input, coloured by what covering each changes."""
+    if evidence.slices is None or evidence.ct is None:
+        return ""
+    gray = np.clip(127.5 * (evidence.ct + 1), 0, 255)[..., None].repeat(3, axis=-1)
+    strength = evidence.slices / max(STRONG, float(np.abs(evidence.slices).max()))
+    colours = np.where(strength[:, None] >= 0, np.array(FOR), np.array(AGAINST))
+    opaque = 0.6 * np.abs(strength)[:, None, None, None]
+    tinted = gray * (1 - opaque) + colours[:, None, None] * opaque
+    rows = [
+        np.concatenate(list(part), axis=1)
+        for part in np.array_split(tinted, -(-len(tinted) // ABREAST))
+        if len(part)
+    ]
+    widest = max(row.shape[1] for row in rows)
+    full = [np.pad(row, ((0, 0), (0, widest - row.shape[1]), (0, 0))) for row in rows]
+    picture = _data_uri(_png(np.concatenate(full).astype(np.uint8)))
+    most = int(np.abs(evidence.slices).argmax())
+    return (
+        f'<figure class="strip"><img alt="Slices of the CT as the model sees it" src="{picture}">'
+        f"<figcaption>The {len(tinted)} slices that the model sees, in reading order. Blue: "
+        f"covering it lowers the probability of {escape(evidence.likeliest)}; orange: raises it. "
+        f"Covering slice {most + 1} changes it most, by "
+        f"{-100 * float(evidence.slices[most]):+.1f} points.</figcaption></figure>"
+    )
 
 
 def _identity(prediction: Prediction, classifier: FewShotClassifier) -> str:

@@ -21,6 +21,8 @@ figure { margin: 0; }
 .seen img { display: block; width: 100%; image-rendering: auto; border: 1px solid var(--edge); }
 .seen img.over { position: absolute; inset: 0; border: 0; mix-blend-mode: normal; }
 #plain:checked ~ .seen .over { display: none; }
+.strip { margin-top: .8rem; }
+.strip img { width: 100%; max-width: 60rem; display: block; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 caption { text-align: left; padding-bottom: .3rem; }
