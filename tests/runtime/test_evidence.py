@@ -207,6 +207,8 @@ def test_a_slide_has_a_page_too() -> None:
     outline.feed(page)
     assert outline.open == []
     assert "10 tiles with tissue, 60% a" in page
+    none = SUMMARY | {"labels": {"a": 0, "b": 0}, "abstained": 10}
+    assert "10 tiles with tissue, no answer on any" in slide_page(none, b"")
     assert re.search(r"blurred</td><td class=\"number\">2<", page)
 
 

@@ -66,7 +66,8 @@ def slide_page(summary: Mapping[str, Any], overview: bytes) -> str:
         counts["unreadable"] = summary["unreadable"]
     shares = {name: count / total for name, count in counts.items()}
     most = max(summary["labels"], key=lambda name: summary["labels"][name])
-    answer = f"{counted(summary['tiles'], 'tile')} with tissue, {shares[most]:.0%} {most}"
+    found = f"{shares[most]:.0%} {most}" if summary["labels"][most] else "no answer on any"
+    answer = f"{counted(summary['tiles'], 'tile')} with tissue, {found}"
     reasons = [(reason, str(count)) for reason, count in summary["reasons"].items()]
     picture = (
         f'<figure><div class="seen"><img alt="The slide with a colour a class over its tiles" '
