@@ -116,7 +116,12 @@ class Bundle:
     @property
     def identity(self) -> str:
         """First 12 digits of the manifest's SHA-256: what results name."""
-        return str(self.manifest[_SELF_HASH])[:12]
+        return self.manifest_sha256[:12]
+
+    @property
+    def manifest_sha256(self) -> str:
+        """The manifest's SHA-256: it holds that of every file, prototypes too."""
+        return str(self.manifest[_SELF_HASH])
 
     @property
     def encoder_sha256(self) -> str:

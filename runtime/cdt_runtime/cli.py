@@ -18,6 +18,7 @@ from cdt_runtime.console import one_line, run, say
 from cdt_runtime.errors import InputError
 
 if TYPE_CHECKING:
+    from cdt_runtime.audit import AuditLog
     from cdt_runtime.backends import Precision
     from cdt_runtime.classifier import FewShotClassifier
     from cdt_runtime.prediction import Context, Prediction, TileInput
@@ -73,6 +74,7 @@ def infer() -> NoReturn:
     help="Also the set of classes that holds the right one this often, such as 0.9.",
 )
 @click.option("--card", metavar="FILE", help="Also a page of evidence on the one TILE (HTML).")
+@click.option("--audit", metavar="FILE", help="Also a line an answer in an append-only log.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a tile, one a line.")
 @click.option("--no-ct", is_flag=True, help="Ignore the CT; CT_DIR may then be left out.")
 @click.option("--series", metavar="UID", help="Which series, where CT_DIR holds several.")
@@ -97,6 +99,7 @@ def infer_command(
     transductive: bool,
     coverage: float | None,
     card: str | None,
+    audit: str | None,
     as_json: bool,
     no_ct: bool,
     series: str | None,
@@ -122,12 +125,14 @@ def infer_command(
             "--channels": channels,
             "--out": out,
             "--card": card,
+            "--audit": audit,
         }
     )
     _refuse_slide_options(as_slide, tiles, out)
     _refuse_combined(coverage, {"--slide": as_slide, "--tta": tta, "--transductive": transductive})
     if transductive and (as_slide or card):
         raise InputError("--transductive is for tiles alone: leave --slide and --card out")
+    log = _audit_log(audit)
     classifier = _open(bundle, backend, precision, tta=tta, coverage=coverage)
     if fill_missing:
         require_filling(classifier.preprocess)
@@ -137,11 +142,11 @@ def infer_command(
         click.echo(f"note: {note}", err=True)
     reading = {"channels": names, "fill_missing": fill_missing, "mpp": mpp}
     if as_slide:
-        sys.exit(_slide(classifier, Path(tiles[0]), context, out, reading, as_json, card))
+        sys.exit(_slide(classifier, Path(tiles[0]), context, out, reading, as_json, card, log))
     found = _expanded(classifier, tiles, names)
     if card and len(found) != 1:
         raise InputError(f"--card with {len(found)} tiles: give one at a time")
-    code = _classify(classifier, found, reading, context, as_json, transductive)
+    code = _classify(classifier, found, reading, context, as_json, transductive, log)
     if card and not code:
         read_ct = ct_dir and partial(
             classifier.contexts.input_of_folder, Path(ct_dir), series, allow_resample
@@ -203,6 +208,7 @@ def _slide(
     reading: dict[str, Any],
     as_json: bool,
     card: str | None,
+    log: AuditLog | None,
 ) -> int:
     """Classify a slide, write its files and print the summary; return the exit code."""
     import json
@@ -215,6 +221,10 @@ def _slide(
     folder = Path(out) if out else Path(f"{path.name.split('.')[0]}.cdt")
     found = classify_slide(classifier, path, context, folder, **reading)
     summary = results.write_results(found, classifier, context, folder)
+    if log:
+        from cdt_runtime.audit import of_slide
+
+        log.append(of_slide(path, summary, classifier, context))
     click.echo(json.dumps(summary, ensure_ascii=False) if as_json else results.as_text(summary))
     if card:
         from cdt_runtime.evidence.page import slide_page
@@ -286,6 +296,7 @@ def _classify(
     context: Context,
     as_json: bool,
     transductive: bool,
+    log: AuditLog | None,
 ) -> int:
     """Print an answer or an error for each tile, in the order given; return the exit code."""
     from cdt_runtime import report
@@ -294,6 +305,8 @@ def _classify(
     code, last = 0, None
     outcomes: Counter[str] = Counter()
     for answer in _answers(classifier, tiles, names, reading, context, transductive):
+        if log:  # what was not logged is not said
+            log.append(_entry(answer, classifier, context))
         if isinstance(answer, Failure):
             code = answer.error.exit_code
             outcomes["unreadable"] += 1
@@ -308,6 +321,24 @@ def _classify(
     if last is not None and not as_json:
         click.echo("\n" + report.context_text(classifier, last, outcomes))
     return code
+
+
+def _audit_log(path: str | None) -> AuditLog | None:
+    if path is None:
+        return None
+    from cdt_runtime.audit import AuditLog
+
+    return AuditLog(Path(path))
+
+
+def _entry(
+    answer: Prediction | Failure, classifier: FewShotClassifier, context: Context
+) -> dict[str, Any]:
+    from cdt_runtime.audit import of_failure, of_prediction
+
+    if isinstance(answer, Failure):
+        return of_failure(answer.error, classifier, context)
+    return of_prediction(answer, classifier, context)
 
 
 @dataclass(frozen=True)

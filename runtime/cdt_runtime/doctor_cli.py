@@ -24,6 +24,7 @@ Examples:
   cdt-doctor engines/NAME --json    the same as one JSON object
   cdt-doctor --build engines/NAME   build TensorRT's plans here first: minutes
   cdt-doctor drift SITE_TILES       does a site look like the training tiles?
+  cdt-doctor audit LOG              is a log of cdt-infer --audit as it was?
 
 \b
 BUNDLE is a folder that cdt-export wrote.  [default: the newest in ./engines]
@@ -35,8 +36,9 @@ Research use only: not a medical device.
 
 def doctor() -> NoReturn:
     """Entry point of `cdt-doctor`."""
-    if sys.argv[1:2] == ["drift"]:
-        run(drift_command, sys.argv[2:])
+    others = {"drift": drift_command, "audit": audit_command}
+    if sys.argv[1:] and sys.argv[1] in others:
+        run(others[sys.argv[1]], sys.argv[2:])
     run(doctor_command)
 
 
@@ -98,6 +100,24 @@ def drift_command(
     found = measure_drift(classifier, *site_tiles(classifier, tiles_dir, channels=names, mpp=mpp))
     facts = {**asdict(found), "advised": found.advised, "verdict": found.verdict}
     click.echo(json.dumps(facts, indent=1) if as_json else drift_text(found))
+
+
+@click.command("cdt-doctor audit", context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("log")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+def audit_command(log: str, as_json: bool) -> None:
+    """Check that no line of an audit log was changed, taken out or put in.
+
+    That its last lines are there, only the hash that is printed tells: keep it
+    elsewhere.
+    """
+    from cdt_runtime.audit import verify
+
+    state = verify(Path(log))
+    if as_json:
+        click.echo(json.dumps({"entries": state.entries, "last": state.last}))
+    else:
+        click.echo(f"{state.entries} entries, each follows from those before; last {state.last}")
 
 
 def _opened(path: str | None) -> Bundle | None:
