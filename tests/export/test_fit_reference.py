@@ -54,4 +54,4 @@ def test_few_groups_give_a_wide_limit_not_a_failure() -> None:
 def test_the_bundle_says_how_many_held_out_tiles_are_refused(bundle_dir: Path) -> None:
     facts = Bundle.open(bundle_dir).manifest["reference"]
     assert facts["held_out"] > 0
-    assert facts["held_out_refused"] <= 0.15 * facts["held_out"]
+    assert facts["held_out_refused"] <= 0.25 * facts["held_out"]
