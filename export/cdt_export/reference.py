@@ -139,7 +139,6 @@ def _fitted(seen: Seen, limit: float, channels: int) -> Reference:
         means=means.astype(np.float32),
         counts=np.bincount(place).astype(np.int64),
         whitener=whitener.astype(np.float32),
-        centre=statistics.mean(axis=0).astype(np.float32),
         limit=np.array([limit], np.float32),
         least_sharpness=np.array([least], np.float32),
         density_mean=seen.densities[:, 0].mean(axis=0),

@@ -172,8 +172,9 @@ class FewShotClassifier:
         )
         for batch in _batches(tiles, self.batch_size):
             said = self.hear(_images(batch), len(batch))
-            answers = self._answers(batch, counted, said)
-            beside = self._answers(batch, context, said) if off else [None] * len(batch)
+            seen = self.looks([tile.statistics for tile in batch])
+            answers = self._answers(batch, counted, said, seen)
+            beside = self._answers(batch, context, said, seen) if off else [None] * len(batch)
             for tile, answer, other in zip(batch, answers, beside, strict=True):
                 yield judge.prediction(tile, answer, other, context, off)
 
@@ -411,7 +412,11 @@ class FewShotClassifier:
         return looks(self.reference, self.prototypes, statistics, channels)
 
     def _answers(
-        self, batch: Sequence[TileInput], context: Context, features: Float | None
+        self,
+        batch: Sequence[TileInput],
+        context: Context,
+        features: Float | None,
+        seen: Sequence[Look],
     ) -> list[Answer]:
         """Classify a batch in one context."""
         started = perf_counter()
@@ -424,9 +429,7 @@ class FewShotClassifier:
                 share_ms,
                 look,
             )
-            for chances, distances, look in zip(
-                *answers, self.looks([tile.statistics for tile in batch]), strict=True
-            )
+            for chances, distances, look in zip(*answers, seen, strict=True)
         ]
 
     def _tokens(self, batch: Sequence[TileInput]) -> Float:

@@ -28,7 +28,6 @@ class Reference:
         means: `(K, F)` float32, of each class.
         counts: `(K,)` int64, tiles of each.
         whitener: `(F, F)` float32; statistics times it have unit covariance within classes.
-        centre: `(F,)` float32, mean of all tiles.
         limit: `(1,)` float32, the distance beyond which a tile is unlike what is known.
         least_sharpness: `(1,)` float32, that of the least sharp training tile.
         density_mean: `(M,)` float32, mean optical density of the training tiles' channels.
@@ -40,7 +39,6 @@ class Reference:
     means: Float
     counts: NDArray[np.int64]
     whitener: Float
-    centre: Float
     limit: Float
     least_sharpness: Float
     density_mean: Float
@@ -78,7 +76,6 @@ class Reference:
             "means": (kinds, size),
             "counts": (kinds,),
             "whitener": (size, size),
-            "centre": (size,),
             "limit": (1,),
             "least_sharpness": (1,),
             "density_mean": (channels,),

@@ -74,7 +74,6 @@ def a_reference(limit: float = 3.0) -> Reference:
         means=np.zeros((2, size), np.float32) + np.array([[0.0], [10.0]], np.float32),
         counts=np.array([3, 1], np.int64),
         whitener=np.eye(size, dtype=np.float32),
-        centre=np.zeros(size, np.float32),
         limit=np.array([limit], np.float32),
         least_sharpness=np.array([0.5], np.float32),
         density_mean=np.full(3, 0.5, np.float32),
@@ -104,7 +103,7 @@ def test_a_reference_comes_back() -> None:
         (None, "can't be read"),
         ({"limit": None}, "can't be read"),
         ({"limit": np.array([0.0], np.float32)}, "a limit or a count is not positive"),
-        ({"centre": np.zeros(3, np.float32)}, r"centre of shape \(3,\)"),
+        ({"whitener": np.zeros(3, np.float32)}, r"whitener of shape \(3,\)"),
         ({"limit": np.array([np.nan], np.float32)}, "expected finite"),
     ],
 )
