@@ -31,6 +31,7 @@ from cdt_runtime.conformal import certify
 from cdt_runtime.enroll import adding, removing, write_change
 from cdt_runtime.prototypes import fit_prototypes, softmax, transduced
 from cdt_runtime.review import left_out
+from cdt_runtime.support import calibrated_scale
 from cdt_train.trained import Trained, load_trained
 
 Float = NDArray[Any]
@@ -81,9 +82,7 @@ class Test:
 
     def scale(self, shots: int) -> float:
         """Factor of the logits that training calibrated for so many tiles a class."""
-        facts = self.classifier.prototypes.calibration
-        known = {int(k): float(value) for k, value in facts["temperatures"].items()}
-        return float(facts["learnt_scale"]) / known[max(k for k in known if k <= shots)]
+        return calibrated_scale(self.classifier.prototypes.calibration, "temperatures", shots)
 
     def episodes(self, shots: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
         """Support and queries of different groups: places of tiles, one a group."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -171,10 +171,22 @@ def _rescaled(support: Prototypes) -> Prototypes:
     """Take the scales that training calibrated for the number of tiles of the smallest class."""
     facts = support.calibration
     least = int(np.bincount(support.labels, minlength=len(support.classes)).min())
-    scales = {}
-    for field, name in (("scale", "temperatures"), ("scale_with_ct", "temperatures_with_ct")):
-        known = {int(k): float(value) for k, value in facts.get(name, {}).items()}
-        below = [k for k in known if k <= least]
-        if known:
-            scales[field] = facts["learnt_scale"] / known[max(below) if below else min(known)]
+    scales: dict[str, Any] = {
+        field: calibrated_scale(facts, name, least)
+        for field, name in (("scale", "temperatures"), ("scale_with_ct", "temperatures_with_ct"))
+        if facts.get(name)
+    }
     return replace(support, **scales)
+
+
+def calibrated_scale(calibration: Mapping[str, Any], name: str, tiles: int) -> float:
+    """The scale that training calibrated for so many tiles a class, or the next fewer it tried.
+
+    Args:
+        calibration: of the prototypes.
+        name: "temperatures" or "temperatures_with_ct".
+        tiles: of the smallest class.
+    """
+    known = {int(k): float(value) for k, value in calibration[name].items()}
+    below = [k for k in known if k <= tiles]
+    return float(calibration["learnt_scale"]) / known[max(below) if below else min(known)]
