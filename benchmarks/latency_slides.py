@@ -24,10 +24,12 @@ from timing import Times, interleaved, ratio
 
 from cdt_runtime.backends import open_session
 from cdt_runtime.classifier import FewShotClassifier
+from cdt_runtime.reading import open_slide
+from cdt_runtime.slides.cutting import tiles_ahead
 from cdt_runtime.slides.job import Plan, classify_slide, plan_slide
-from cdt_runtime.slides.pyramid import open_pyramid
+from cdt_runtime.slides.pyramid import Pyramid, open_pyramid
 from cdt_runtime.slides.regions import Regions
-from cdt_runtime.slides.stream import decoding_ahead, tile_batches
+from cdt_runtime.slides.stream import tile_batches
 
 SIDE, LARGE, SMALL = 20_000, 60_000, 6_000
 """Pixels along the slide that is measured, the one that memory is compared on, and the one of
@@ -123,10 +125,13 @@ def slide(subject: Subject) -> dict[str, Any]:
     path = _made(work, side)
     classifier = FewShotClassifier.open(bundle)
     context = classifier.context(None)
-    with open_pyramid(path) as pyramid:
-        plan = plan_slide(pyramid, classifier.preprocess, mpp=MPP, fill_missing=False)
+    with open_slide(path) as opened, open_pyramid(path) as pyramid:
+        plan = plan_slide(opened, classifier.preprocess, mpp=MPP, fill_missing=False)
         reading = interleaved(
-            {"libjpeg-turbo": lambda _: _decode_all(plan), "regions": lambda _: _cut_all(plan)},
+            {
+                "libjpeg-turbo": lambda _: _decode_all(plan, pyramid),
+                "regions": lambda _: _cut_all(plan, pyramid),
+            },
             subject.rounds(7, 3),
             warmup=1,
         )
@@ -181,10 +186,9 @@ def _cpu_ratio(first: Times, second: Times) -> float:
     return min(first.cpu) / min(second.cpu)
 
 
-def _decode_all(plan: Plan) -> None:
+def _decode_all(plan: Plan, pyramid: Pyramid) -> None:
     """Decode what the tiles lie on, each segment once, with the library alone."""
-    level = plan.grid.level
-    page = level.pages[0]
+    page = pyramid.levels[plan.grid.level.index].pages[0]
     across = -(-page.width // SEGMENT)
     for row, column in _needed(plan):
         imagecodecs.jpeg8_decode(_encoded((row * across + column) % PICTURES))
@@ -201,17 +205,23 @@ def _needed(plan: Plan) -> list[tuple[int, int]]:
     return sorted(found)
 
 
-def _cut_all(plan: Plan) -> None:
+def _cut_all(plan: Plan, pyramid: Pyramid) -> None:
     """Read the pixels of every tile, as the job does, and do nothing with them."""
-    with Regions(plan.grid.level, plan.reading.glass) as regions:
-        for place in decoding_ahead(regions, plan.grid, plan.places):
-            regions.read(plan.grid.box(*place))
+    level = pyramid.levels[plan.grid.level.index]
+    with Regions(level, plan.reading.glass) as regions:
+        for box in tiles_ahead(regions, plan.grid.side, plan.places):
+            regions.read(box)
 
 
 def _batches(plan: Plan, classifier: FewShotClassifier, limit: int) -> Iterator[NDArray[Any]]:
     size = classifier.batch_size
     made = tile_batches(
-        plan.grid, plan.places[: limit * size], classifier.preprocess, plan.reading, size
+        plan.slide,
+        plan.grid,
+        plan.places[: limit * size],
+        classifier.preprocess,
+        plan.reading,
+        size,
     )
     yield from (batch.tiles for batch in made if batch.tiles is not None)
 

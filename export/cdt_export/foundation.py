@@ -20,7 +20,7 @@ from cdt_runtime.encoder_card import EncoderCard, InputSpec
 from cdt_runtime.encoder_input import image_input
 from cdt_runtime.encoders import rgb_bytes
 from cdt_runtime.errors import ExportError
-from cdt_runtime.tile import read_tile
+from cdt_runtime.reading import read_tile
 from cdt_train.encoders.foundation import FoundationEncoder
 
 if TYPE_CHECKING:

@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cdt_runtime.bundle import Bundle
     from cdt_runtime.classifier import FewShotClassifier
-    from cdt_runtime.ct import Volume, read_series
     from cdt_runtime.errors import CdtError
     from cdt_runtime.prediction import Prediction
     from cdt_runtime.preprocess import Preprocess
     from cdt_runtime.prototypes import Prototypes
-    from cdt_runtime.tile import Tile, read_tile
+    from cdt_runtime.reading import read_series, read_tile
+    from cdt_runtime.tile import Tile
+    from cdt_runtime.volume import Volume
 
 __version__ = "0.1.0"
 
@@ -34,9 +35,9 @@ _HOME = {
     "Preprocess": "preprocess",
     "Prototypes": "prototypes",
     "Tile": "tile",
-    "Volume": "ct",
-    "read_series": "ct",
-    "read_tile": "tile",
+    "Volume": "volume",
+    "read_series": "reading",
+    "read_tile": "reading",
 }
 
 __all__ = [

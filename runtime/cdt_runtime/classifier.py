@@ -17,7 +17,6 @@ from cdt_runtime.backends import Precision, Session, open_session
 from cdt_runtime.bundle import Bundle
 from cdt_runtime.cache import TokenCache, cache_dir
 from cdt_runtime.conformal import Certificate, certify, own_chances
-from cdt_runtime.ct import Volume
 from cdt_runtime.ct_context import CtContexts
 from cdt_runtime.doubt import Look, looks
 from cdt_runtime.encoder_features import feature_layout, flat_features
@@ -38,6 +37,7 @@ from cdt_runtime.prototypes import (
 from cdt_runtime.reference import REFERENCE, Reference
 from cdt_runtime.tile import Tile
 from cdt_runtime.tile_input import TileLike, prepare
+from cdt_runtime.volume import Volume
 
 Float = NDArray[np.float32]
 CtLike = str | os.PathLike[str] | Volume | None

@@ -115,7 +115,7 @@ def infer_command(
     Without training anything: the bundle's prototypes decide, and "can't tell"
     is an answer.
     """
-    from cdt_runtime.tile_input import require_filling
+    from cdt_runtime.reading import start_reading
 
     ct_dir, tiles = _split_paths(paths, no_ct)
     _refuse_empty(
@@ -133,8 +133,11 @@ def infer_command(
     if transductive and (as_slide or card):
         raise InputError("--transductive is for tiles alone: leave --slide and --card out")
     log = _audit_log(audit)
+    start_reading()  # it gets ready while the bundle is opened
     classifier = _open(bundle, backend, precision, tta=tta, coverage=coverage)
     if fill_missing:
+        from cdt_runtime.tile_input import require_filling
+
         require_filling(classifier.preprocess)
     context = classifier.context(ct_dir, series_uid=series, allow_resample=allow_resample)
     names = [name.strip() for name in channels.split(",")] if channels else None

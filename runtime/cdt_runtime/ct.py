@@ -28,47 +28,15 @@ import numpy.typing as npt
 from cdt_runtime.ct_folder import check_alike, choose, drop_odd_orientation, in_order, scan_folder
 from cdt_runtime.ct_geometry import Geometry, geometry_of
 from cdt_runtime.ct_pass import Batch, each_batch, mean_volume
-from cdt_runtime.dicom_frame import MAX_VOXELS, Frame, Vector, frames_of
+from cdt_runtime.dicom_frame import MAX_VOXELS, Frame, frames_of
 from cdt_runtime.dicom_header import PixelFile, reading
 from cdt_runtime.dicom_pixels import hu_of, open_raw, padding_in_tissue
 from cdt_runtime.dicom_quiet import quiet
 from cdt_runtime.errors import SeriesError
 from cdt_runtime.printable import counted
+from cdt_runtime.volume import Volume, describe
 
 HASH_CHUNK = 1 << 20
-
-
-def _describe(shape: tuple[int, int, int], spacing_mm: Vector) -> str:
-    (depth, height, width), (dz, dy, dx) = shape, spacing_mm
-    return f"{depth} slices of {width} x {height}, {dx:.2f} x {dy:.2f} x {dz:.2f} mm"
-
-
-@dataclass(frozen=True, eq=False)
-class Volume:
-    """A CT volume in canonical orientation.
-
-    Attributes:
-        hu: `(D, H, W)` float32 HU, at least -1024; z grows to the head, y to the back, x to the
-            patient's left.
-        spacing_mm: (z, y, x).
-        origin_mm: LPS (x, y, z) of the centre of voxel (0, 0, 0).
-        direction: row i is the LPS unit vector (x, y, z) of array axis i.
-        series_hash: sha256 of the slice files in slice order, in hexadecimal.
-        warnings: one line each.
-    """
-
-    hu: npt.NDArray[np.float32] = field(repr=False)
-    spacing_mm: Vector
-    origin_mm: Vector
-    direction: tuple[Vector, Vector, Vector]
-    series_hash: str
-    warnings: tuple[str, ...] = ()
-
-    @property
-    def description(self) -> str:
-        """Size and spacing in words, x before y before z; never any header text."""
-        depth, height, width = self.hu.shape
-        return _describe((depth, height, width), self.spacing_mm)
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,7 +73,7 @@ class Series:
     @property
     def description(self) -> str:
         """As the description of the volume that it becomes."""
-        return _describe(self.geometry.shape, self.geometry.spacing_mm)
+        return describe(self.geometry.shape, self.geometry.spacing_mm)
 
 
 def scan_series(

@@ -13,12 +13,13 @@ from numpy.typing import NDArray
 
 from cdt_runtime.bundle import Bundle
 from cdt_runtime.cache import TokenCache
-from cdt_runtime.ct import Series, Volume, load_reduced, read_series, scan_series
 from cdt_runtime.encoder_features import feature_layout, flat_features
 from cdt_runtime.encoder_session import bundle_cards
 from cdt_runtime.encoders import Encoders
 from cdt_runtime.prediction import Context, CtUsed
 from cdt_runtime.preprocess import Preprocess
+from cdt_runtime.reading import ScannedSeries, scan_series
+from cdt_runtime.volume import Volume
 
 Float = NDArray[np.float32]
 RunCt = Callable[[dict[str, Float]], Float]
@@ -83,15 +84,7 @@ class CtContexts:
         def read() -> Float:
             return self._input(series)
 
-        def whole() -> Volume:
-            return read_series(
-                folder,
-                series_uid=series_uid,
-                min_slices=preprocess.min_slices,
-                allow_resample=allow_resample,
-            )
-
-        return self._encoded(series.state, series, read, whole, started)
+        return self._encoded(series.state, series, read, series.volume, started)
 
     def input_of_folder(self, folder: Path, series_uid: str | None, allow_resample: bool) -> Float:
         """Read a series as the CT encoder takes it, `(1, W, D, S, S)`.
@@ -123,14 +116,14 @@ class CtContexts:
         """Whether no foundation encoder looks at the CT, too."""
         return not self._layout
 
-    def _input(self, series: Series) -> Float:
-        means = load_reduced(series, self._preprocess.ct_means_shape)
+    def _input(self, series: ScannedSeries) -> Float:
+        means = series.reduced(self._preprocess.ct_means_shape)
         return self._preprocess.ct_of_means(means)
 
     def _encoded(
         self,
         identity: str,
-        ct: Series | Volume,
+        ct: ScannedSeries | Volume,
         read: Callable[[], Float],
         whole: Callable[[], Volume],
         started: float,

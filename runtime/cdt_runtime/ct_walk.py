@@ -34,7 +34,7 @@ def open_folder(path: Path) -> Folder:
     Raises:
         SeriesError: it is missing, something else, or out of reach.
     """
-    folder = Folder(path, _folder_name(path))
+    folder = Folder(path, shown_name(path))
     mode = _mode(folder)
     if mode is None:
         raise SeriesError(f"{folder.name}: no such folder: {GIVE_FOLDER}")
@@ -45,7 +45,7 @@ def open_folder(path: Path) -> Folder:
 
 def find_folder(path: Path) -> Folder | None:
     """As `open_folder`, but None where nothing or something else is there."""
-    folder = Folder(path, _folder_name(path))
+    folder = Folder(path, shown_name(path))
     return folder if stat.S_ISDIR(_mode(folder) or 0) else None
 
 
@@ -59,7 +59,8 @@ def _mode(folder: Folder) -> int | None:
         raise SeriesError(f"{folder.name} can't be opened ({reason(error)}): {CHECK}") from None
 
 
-def _folder_name(path: Path) -> str:
+def shown_name(path: Path) -> str:
+    """Return how messages call a folder that the user gave."""
     name = last_part(path)
     return "the folder" if is_personal(name) else name
 

@@ -25,6 +25,7 @@ from cdt_runtime.dicom_syntax import SYNTAXES, Syntax
 from cdt_runtime.dicom_walk import LONG_VRS, PIXEL_TAGS, Unusual, Walked, walk
 from cdt_runtime.errors import SeriesError
 from cdt_runtime.printable import reason
+from cdt_runtime.sandbox import place
 
 MAX_INFLATED = 512 << 20
 """Bytes that a deflated file may unpack to."""
@@ -41,7 +42,8 @@ T = TypeVar("T")
 def reading(name: str, cure: str = "check its permissions, or copy it again") -> Iterator[None]:
     """Whatever the system says about a file becomes a SeriesError of one line."""
     try:
-        yield
+        with place.at(name):
+            yield
     except OSError as error:
         raise SeriesError(f"{name} can't be read ({reason(error)}): {cure}") from None
 

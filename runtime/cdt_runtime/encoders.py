@@ -15,13 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cdt_runtime.cache import TokenCache
-from cdt_runtime.ct import Volume
 from cdt_runtime.encoder_card import EncoderCard
 from cdt_runtime.encoder_features import VERSION, feature_shape, feature_tokens, over_slices
 from cdt_runtime.encoder_input import ct_slices, ct_volume, image_input
 from cdt_runtime.errors import BackendError, TileError
 from cdt_runtime.preprocess import centre_square, unit_range
 from cdt_runtime.tile import RGB
+from cdt_runtime.volume import Volume
 
 Float = NDArray[np.float32]
 Bytes = NDArray[np.uint8]

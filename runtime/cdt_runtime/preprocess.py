@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from cdt_runtime.errors import BundleError, SeriesError, TileError
 
 if TYPE_CHECKING:
-    from cdt_runtime.ct import Volume
     from cdt_runtime.tile import Tile
+    from cdt_runtime.volume import Volume
 
 Float = NDArray[np.float32]
 

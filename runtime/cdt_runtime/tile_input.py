@@ -16,7 +16,8 @@ from cdt_runtime.encoders import Encoders
 from cdt_runtime.errors import TileError
 from cdt_runtime.prediction import TileInput
 from cdt_runtime.preprocess import Preprocess
-from cdt_runtime.tile import Tile, match_channels, read_tile
+from cdt_runtime.reading import read_tile
+from cdt_runtime.tile import Tile, match_channels
 from cdt_runtime.tile_statistics import tile_statistics
 
 TileLike = str | os.PathLike[str] | Tile | NDArray[Any]

@@ -20,9 +20,9 @@ from cdt_runtime.classifier import FewShotClassifier
 from cdt_runtime.cli import infer_command
 from cdt_runtime.errors import TileError
 from cdt_runtime.progress import Progress
+from cdt_runtime.reading import open_slide
 from cdt_runtime.slides import job
 from cdt_runtime.slides.job import GROWING, STATE, TABLE, classify_slide, plan_slide
-from cdt_runtime.slides.pyramid import open_pyramid
 from cdt_runtime.slides.table import BLANK, LOW
 from cdt_runtime.tile import read_tile
 from cdt_runtime.tile_folder import tiles_under
@@ -313,10 +313,10 @@ def test_a_model_without_a_scale_needs_one(bundle_dir: Path, slide: Path) -> Non
         r"^case 7.ome.tif: the model does not know at what scale it was trained: give the microns "
         r"a pixel of its training tiles with --mpp$"
     )
-    with open_pyramid(slide) as pyramid:
+    with open_slide(slide) as opened:
         with pytest.raises(TileError, match=said):
-            plan_slide(pyramid, unscaled, mpp=None, fill_missing=False)
-        plan = plan_slide(pyramid, unscaled, mpp=2.0, fill_missing=False)
+            plan_slide(opened, unscaled, mpp=None, fill_missing=False)
+        plan = plan_slide(opened, unscaled, mpp=2.0, fill_missing=False)
     assert len(plan.places) == 13
 
 
@@ -340,7 +340,7 @@ def test_without_tifffile_it_is_said_before_the_work(
     tmp_path: Path,
 ) -> None:
     monkeypatch.setitem(sys.modules, "tifffile", None)
-    monkeypatch.setattr(job, "open_pyramid", lambda *_: pytest.fail("the work has begun"))
+    monkeypatch.setattr(job, "open_slide", lambda *_: pytest.fail("the work has begun"))
     said = "needs tifffile, which is not installed: pip install 'cdt-edge[all]'"
     assert infer("--no-ct", slide, "--slide") == (2, "", f"error: this command {said}\n")
     assert not (tmp_path / "case 7.cdt").exists()

@@ -20,10 +20,12 @@ from slide_maker import smooth_rgb, write_ome, write_svs
 
 from cdt_runtime.errors import TileError
 from cdt_runtime.preprocess import Preprocess, area_resize
+from cdt_runtime.reading import level_for, open_slide
 from cdt_runtime.slides import regions as regions_module
 from cdt_runtime.slides.ahead import ahead
+from cdt_runtime.slides.cutting import tiles_ahead
 from cdt_runtime.slides.grid import STRIP, grid_of, reading_order, tissue_shares
-from cdt_runtime.slides.pyramid import Pyramid, level_for, open_pyramid
+from cdt_runtime.slides.pyramid import Pyramid, open_pyramid
 from cdt_runtime.slides.regions import Box, Regions
 from cdt_runtime.slides.stream import Reading, tile_batches
 from cdt_runtime.slides.tissue import Small, block_means, otsu, small_copy, tissue_mask
@@ -112,12 +114,15 @@ def test_each_segment_is_decoded_once_and_each_tile_is_that_of_its_box(
     pixels = smooth_rgb(330, 1700)  # more columns of tiles than a strip has
     path = write_svs(tmp_path / "s.svs", pixels, 0.5, levels=1)
     seen = counting(monkeypatch)
-    with open_pyramid(path) as pyramid:
-        grid = grid_of(pyramid.levels[0], 0.5, 25.0)
+    with open_slide(path) as slide:
+        grid = grid_of(slide.levels[0], 0.5, 25.0)
         assert (grid.rows, grid.columns) == (6, 34)
         assert grid.columns > 2 * STRIP
         order = reading_order(np.ones((grid.rows, grid.columns), np.float32))
-        batches = list(tile_batches(grid, order, preprocess(), plain_reading(), 16))
+        batches = list(tile_batches(slide, grid, order, preprocess(), plain_reading(), 16))
+    with open_pyramid(path) as pyramid, Regions(pyramid.levels[0], glass=255) as regions:
+        for box in tiles_ahead(regions, grid.side, order):
+            regions.read(box)
     twice = {left for (_, left), count in seen.items() if count > 1}
     assert max(seen.values()) <= 2
     assert twice == {768}  # 16 tiles of 50 pixels end within this column of segments
@@ -175,8 +180,8 @@ def test_the_coarsest_level_that_shows_enough_is_read(
     tmp_path: Path, wanted: float, level: int
 ) -> None:
     path = write_ome(tmp_path / "s.ome.tif", markers(256, 256), MARKERS, 0.25)
-    with open_pyramid(path) as pyramid:
-        assert level_for(pyramid, wanted, 0.25) is pyramid.levels[level]
+    with open_slide(path) as slide:
+        assert level_for(slide, wanted, 0.25) is slide.levels[level]
 
 
 def test_a_slide_that_is_none_is_refused_in_one_line(tmp_path: Path) -> None:
@@ -208,9 +213,11 @@ def _opened(path: Path, names: list[str] | None = None) -> Pyramid:
 
 def test_a_slide_smaller_than_a_tile_is_refused(tmp_path: Path) -> None:
     path = write_svs(tmp_path / "s.svs", smooth_rgb(100, 64), 0.5, levels=1)
-    pyramid = _opened(path)
-    with pytest.raises(TileError, match="shows 32 x 50 microns, a tile 40: classify it as a tile"):
-        grid_of(pyramid.levels[0], 0.5, 40.0)
+    with (
+        open_slide(path) as slide,
+        pytest.raises(TileError, match="shows 32 x 50 microns, a tile 40: classify it as a tile"),
+    ):
+        grid_of(slide.levels[0], 0.5, 40.0)
 
 
 def whole(pixels: np.ndarray[Any, Any]) -> Small:
@@ -233,8 +240,8 @@ def test_tissue_is_told_from_glass_pen_and_border(tmp_path: Path) -> None:
     truth = np.zeros((400, 600), bool)
     truth[100:300, 150:450] = True
     assert (mask == truth).mean() > 0.99
-    with open_pyramid(path) as pyramid:
-        grid = grid_of(pyramid.levels[0], 0.5, 25.0)
+    with open_slide(path) as slide:
+        grid = grid_of(slide.levels[0], 0.5, 25.0)
         shares = tissue_shares(grid, mask, small)
     assert shares.shape == (8, 12)
     inner = np.zeros((8, 12), bool)

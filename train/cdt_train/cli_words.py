@@ -58,7 +58,8 @@ def zero_shot_command(
     is calibrated: hold it against labelled tiles before you believe it.
     """
     from cdt_runtime.encoders import rgb_bytes
-    from cdt_runtime.tile import RGB, read_tile
+    from cdt_runtime.reading import read_tile
+    from cdt_runtime.tile import RGB
     from cdt_runtime.tile_folder import tiles_under
     from cdt_train.encoders.medsiglip_text import load_zero_shot
 
@@ -114,7 +115,7 @@ def describe_command(
     import numpy as np
 
     from cdt_runtime.cache import TokenCache, cache_dir
-    from cdt_runtime.ct import load_volume, scan_series
+    from cdt_runtime.reading import scan_series
     from cdt_train.encoders.look_up import require_weights
     from cdt_train.encoders.medgemma_text import QUESTION, load_language_model, load_processor
     from cdt_train.encoders.registry import entry_of
@@ -125,7 +126,7 @@ def describe_command(
     entry = entry_of("medgemma")
     path = require_weights(entry, weights)
     model = load_language_model(path, entry.card, quantised=not bf16)
-    hu = load_volume(series).hu
+    hu = series.volume().hu
     found: dict[str, Any] = {"ct": series.description, "weights_sha256": model.weights_sha256}
     found |= {"precision": "bf16" if bf16 else "nf4"}
     if features:

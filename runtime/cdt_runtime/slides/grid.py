@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cdt_runtime.errors import TileError
 from cdt_runtime.preprocess import area_resize
-from cdt_runtime.slides.pyramid import Level
 from cdt_runtime.slides.regions import Box
 from cdt_runtime.slides.tissue import Mask, Small
+
+if TYPE_CHECKING:
+    from cdt_runtime.reading import SlideLevel
 
 STRIP = 16
 """Columns of tiles that are read side by side: what is decoded at a time is no wider."""
@@ -31,16 +34,14 @@ class Grid:
         columns: of tiles.
     """
 
-    level: Level
+    level: SlideLevel
     side: float
     rows: int
     columns: int
 
     def box(self, row: int, column: int) -> Box:
         """Return the pixels of the level that a tile covers."""
-        top, bottom = round(row * self.side), round((row + 1) * self.side)
-        left, right = round(column * self.side), round((column + 1) * self.side)
-        return Box(top, left, bottom - top, right - left)
+        return tile_box(self.side, row, column)
 
     @property
     def full_side(self) -> float:
@@ -48,7 +49,14 @@ class Grid:
         return self.side * self.level.downsample
 
 
-def grid_of(level: Level, level_mpp: float, tile_microns: float) -> Grid:
+def tile_box(side: float, row: int, column: int) -> Box:
+    """Return the pixels that a tile covers, of tiles of `side` pixels."""
+    top, bottom = round(row * side), round((row + 1) * side)
+    left, right = round(column * side), round((column + 1) * side)
+    return Box(top, left, bottom - top, right - left)
+
+
+def grid_of(level: SlideLevel, level_mpp: float, tile_microns: float) -> Grid:
     """Lay the grid over a level.
 
     Args:

@@ -19,12 +19,12 @@ from cdt_runtime.files import write_synced
 from cdt_runtime.prediction import Context
 from cdt_runtime.preprocess import Preprocess
 from cdt_runtime.progress import Progress
+from cdt_runtime.reading import Slide, level_for, open_slide
 from cdt_runtime.slides.ahead import ahead
 from cdt_runtime.slides.grid import Grid, grid_of, reading_order, tissue_shares
-from cdt_runtime.slides.pyramid import Pyramid, level_for, open_pyramid
 from cdt_runtime.slides.stream import Batch, Reading, tile_batches
 from cdt_runtime.slides.table import BLANK, LOW, TileAnswer, TileTable
-from cdt_runtime.slides.tissue import Small, small_copy, tissue_mask
+from cdt_runtime.slides.tissue import Small, tissue_mask
 from cdt_runtime.tile import RGB, channel_places
 
 STATE, GROWING, TABLE = "slide.json", "tiles.partial.csv", "tiles.csv"
@@ -40,7 +40,7 @@ class Plan:
     """A slide, opened, with all that is decided before its first tile.
 
     Attributes:
-        pyramid: the open slide.
+        slide: open.
         grid: of tiles.
         reading: how its samples become tile inputs.
         microns: along a tile.
@@ -50,7 +50,7 @@ class Plan:
         warnings: one line each.
     """
 
-    pyramid: Pyramid
+    slide: Slide
     grid: Grid
     reading: Reading
     microns: float
@@ -86,12 +86,12 @@ class SlideAnswers:
 
 
 def plan_slide(
-    pyramid: Pyramid, preprocess: Preprocess, *, mpp: float | None, fill_missing: bool
+    slide: Slide, preprocess: Preprocess, *, mpp: float | None, fill_missing: bool
 ) -> Plan:
     """Decide which tiles of a slide are looked at.
 
     Args:
-        pyramid: the open slide.
+        slide: open.
         preprocess: of the model.
         mpp: microns a pixel of the tile input; None takes that of the training tiles.
         fill_missing: fill a channel that the slide lacks with zeros.
@@ -99,25 +99,25 @@ def plan_slide(
     Raises:
         TileError: the scale is not known, the slide is smaller than a tile, or lacks a channel.
     """
-    with naming(pyramid.source):
-        wanted, finest, notes = _scales(pyramid, preprocess, mpp)
-        places = channel_places(pyramid.channels, preprocess.channels, fill_missing=fill_missing)
-        level = level_for(pyramid, wanted, finest)
+    with naming(slide.source):
+        wanted, finest, notes = _scales(slide, preprocess, mpp)
+        places = channel_places(slide.channels, preprocess.channels, fill_missing=fill_missing)
+        level = level_for(slide, wanted, finest)
         microns = wanted * preprocess.image_size
         grid = grid_of(level, finest * level.downsample, microns)
-        glass = 255 if pyramid.channels == RGB and pyramid.bits == 8 else 0
-        small = small_copy(pyramid, glass)
-    shares = tissue_shares(grid, tissue_mask(small, pyramid.channels), small)
-    reading = Reading(tuple(places.values()), pyramid.bits, glass, pyramid.source)
+        glass = 255 if slide.channels == RGB and slide.bits == 8 else 0
+        small = slide.small_copy(glass)
+    shares = tissue_shares(grid, tissue_mask(small, slide.channels), small)
+    reading = Reading(tuple(places.values()), slide.bits, glass, slide.source)
     return Plan(
-        pyramid,
+        slide,
         grid,
         reading,
         microns,
         small,
         shares,
         reading_order(shares),
-        (*pyramid.warnings, *notes),
+        (*slide.warnings, *notes),
     )
 
 
@@ -148,8 +148,8 @@ def classify_slide(
     """
     if classifier.prototypes.ct_off:
         context = classifier.context(None)
-    with open_pyramid(path, channels) as pyramid:
-        plan = plan_slide(pyramid, classifier.preprocess, mpp=mpp, fill_missing=fill_missing)
+    with open_slide(path, channels) as slide:
+        plan = plan_slide(slide, classifier.preprocess, mpp=mpp, fill_missing=fill_missing)
         state = _state(classifier, path, context, plan)
         table = TileTable(out / GROWING, plan.grid, classifier.classes)
         answers = _taken_up(out, state, table, plan, classifier)
@@ -167,7 +167,7 @@ def classify_slide(
 
 
 def _scales(
-    pyramid: Pyramid, preprocess: Preprocess, mpp: float | None
+    slide: Slide, preprocess: Preprocess, mpp: float | None
 ) -> tuple[float, float, list[str]]:
     """Microns a pixel of the tile input and of the finest level; and what to say of them."""
     wanted, notes = mpp or preprocess.tile_mpp, []
@@ -178,7 +178,7 @@ def _scales(
         )
     if mpp and preprocess.tile_mpp and not 1 / ENLARGED <= mpp / preprocess.tile_mpp <= ENLARGED:
         notes.append(f"--mpp {mpp:g}, trained at {preprocess.tile_mpp:.2f}")
-    finest = pyramid.mpp
+    finest = slide.mpp
     if finest is None:
         notes.append(f"no resolution in the file: its finest level is taken to have {wanted:g}")
         finest = wanted
@@ -247,6 +247,7 @@ def _make(out: Path) -> None:
 def _batches(classifier: FewShotClassifier, plan: Plan, done: int) -> Iterator[Batch]:
     """Read the rest of the tiles ahead of the engine."""
     batches = tile_batches(
+        plan.slide,
         plan.grid,
         plan.places[done:],
         classifier.preprocess,

@@ -18,9 +18,6 @@ from cdt_runtime.tile import RGB
 ASPECT = 0.02
 """Levels are rounded to whole pixels: their proportions agree to this share."""
 
-COARSER = 1.1
-"""A level may be coarser than what is asked for by this factor: it is enlarged no further."""
-
 _MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
@@ -92,18 +89,6 @@ def open_pyramid(path: Path, channels: Sequence[str] | None = None) -> Iterator[
                 raise TileError("is not a TIFF slide (OME-TIFF, SVS, tiled TIFF): convert it")
             pyramid = _parse(name, scan(file), channels)
         yield pyramid
-
-
-def level_for(pyramid: Pyramid, mpp: float, finest_mpp: float) -> Level:
-    """Choose the coarsest level that still shows what is asked for.
-
-    Args:
-        pyramid: an open slide.
-        mpp: microns a pixel that are asked for.
-        finest_mpp: of its finest level.
-    """
-    fine_enough = [one for one in pyramid.levels if one.downsample * finest_mpp <= COARSER * mpp]
-    return fine_enough[-1] if fine_enough else pyramid.levels[0]
 
 
 def _parse(name: str, ifds: list[Ifd], given: Sequence[str] | None) -> Pyramid:

@@ -50,7 +50,7 @@ def write_results(
     write_overview(
         out / OVERVIEW,
         plan.small,
-        plan.pyramid.channels,
+        plan.slide.channels,
         labels,
         plan.shares >= LEAST_TISSUE,
         classes,
@@ -58,7 +58,7 @@ def write_results(
         side,
     )
     return {
-        "slide": plan.pyramid.source,
+        "slide": plan.slide.source,
         "out": str(out),
         "files": [TABLE, AREAS, HEATMAP, OVERVIEW],
         "tile_microns": round(plan.microns, 3),

@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 
 from cdt_runtime.adaptation import Adaptation
 from cdt_runtime.encoders import Encoders
-from cdt_runtime.errors import TileError, naming
+from cdt_runtime.errors import TileError
 from cdt_runtime.preprocess import Preprocess
-from cdt_runtime.slides.grid import STRIP, Grid
-from cdt_runtime.slides.regions import Regions
+from cdt_runtime.reading import Slide
+from cdt_runtime.slides.grid import Grid
 from cdt_runtime.tile_statistics import tile_statistics
 
 Float = NDArray[np.float32]
@@ -60,6 +60,7 @@ class Reading:
 
 
 def tile_batches(
+    slide: Slide,
     grid: Grid,
     places: Places,
     preprocess: Preprocess,
@@ -71,6 +72,7 @@ def tile_batches(
     """Read tiles in the order given, `size` of them a batch.
 
     Args:
+        slide: open.
         grid: of the slide.
         places: `(n, 2)` row and column, in reading order.
         preprocess: of the model.
@@ -80,24 +82,22 @@ def tile_batches(
         adaptation: to the stain of training.
 
     Raises:
-        TileError: the slide's lists of segments are damaged.
+        TileError: the slide can't be read further.
     """
-    found: list[_Read] = []
-    failed: list[tuple[Place, str]] = []
-    with naming(reading.name):
-        regions = Regions(grid.level, reading.glass)
-    with regions:
-        for place in decoding_ahead(regions, grid, places):
+    waiting = iter(places.tolist())
+    for read in slide.tiles(grid.level, grid.side, places, reading.glass, size):
+        found: list[_Read] = []
+        failed: list[tuple[Place, str]] = []
+        for pixels, (row, column) in zip(read, waiting, strict=False):
+            place = (row, column)
             try:
-                pixels = _in_order(regions.read(grid.box(*place)), reading.order)
+                if isinstance(pixels, str):
+                    raise TileError(pixels)
+                pixels = _in_order(pixels, reading.order)
                 found.append(_prepared(place, pixels, preprocess, reading, encoders, adaptation))
             except TileError as error:
                 failed.append((place, str(error)))
-            if len(found) + len(failed) == size:
-                yield _batch(found, failed)
-                found, failed = [], []
-        if found or failed:
-            yield _batch(found, failed)
+        yield _batch(found, failed)
 
 
 def _prepared(
@@ -123,29 +123,6 @@ def _batch(found: list[_Read], failed: list[tuple[Place, str]]) -> Batch:
     places, tiles, statistics, seen = zip(*found, strict=True)
     images = {key: np.stack([one[key] for one in seen]) for key in seen[0]}
     return Batch(places, np.stack(tiles), tuple(failed), statistics, images)
-
-
-def decoding_ahead(regions: Regions, grid: Grid, places: Places) -> Iterator[Place]:
-    """Give the places one by one; what the next row of tiles needs is decoded meanwhile."""
-    rows = _rows(places)
-    for at, row in enumerate(rows):
-        begins = at == 0 or row[0][1] // STRIP != rows[at - 1][0][1] // STRIP
-        if begins:
-            regions.forget_all_but(grid.box(*place) for place in row)
-        regions.forget_above(grid.box(*row[0]).top)
-        for place in [*row, *(rows[at + 1] if at + 1 < len(rows) else ())]:
-            regions.want(grid.box(*place))
-        yield from row
-
-
-def _rows(places: Places) -> list[list[Place]]:
-    """Part the places where the row or the strip of columns changes."""
-    if not len(places):
-        return []
-    keys = np.stack([places[:, 0], places[:, 1] // STRIP], axis=1)
-    cuts = np.flatnonzero((np.diff(keys, axis=0) != 0).any(axis=1)) + 1
-    parts = np.split(places, cuts)
-    return [[(int(row), int(column)) for row, column in part] for part in parts]
 
 
 def _in_order(pixels: NDArray[Any], order: Sequence[int | None]) -> NDArray[Any]:

@@ -13,12 +13,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cdt_runtime.ct import Volume, read_series
 from cdt_runtime.encoders import Encoders
 from cdt_runtime.errors import CdtError, DatasetError, TileError
 from cdt_runtime.markers import MARKERS
 from cdt_runtime.preprocess import Preprocess, area_resize
-from cdt_runtime.tile import Tile, match_channels, read_tile
+from cdt_runtime.reading import read_series, read_tile
+from cdt_runtime.tile import Tile, match_channels
+from cdt_runtime.volume import Volume
 from cdt_train.config import DataRecipe
 from cdt_train.data.dataset import CtSeries, LabelledTile, TileDataset, name_below, tile_name
 from cdt_train.data.npz import pixels_hash

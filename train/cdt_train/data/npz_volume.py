@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cdt_runtime.ct import Volume
 from cdt_runtime.errors import DatasetError
+from cdt_runtime.volume import Volume
 from cdt_train.data.npz import (
     Header,
     read_arrays,
