@@ -40,6 +40,7 @@ from cdt_runtime.golden import (
 )
 from cdt_runtime.prototypes import Prototypes
 from cdt_runtime.reference import REFERENCE, Reference, stacked
+from cdt_runtime.signing import Sign
 from cdt_runtime.tile_statistics import tile_statistics
 from cdt_train.config import ModelRecipe
 from cdt_train.data.arrays import TileArrays
@@ -73,6 +74,7 @@ def export_bundle(
     precision: str,
     data_dir: Path | None,
     quantize: Quantize = "none",
+    sign: Sign | None = None,
 ) -> Bundle:
     """Export, prove and write a bundle.
 
@@ -82,6 +84,7 @@ def export_bundle(
         precision: "fp32", "fp16", or "int8" for the encoders that gain by it.
         data_dir: the training data, where it has moved since.
         quantize: how the weights of foundation encoders are kept.
+        sign: what signs the bundle.
 
     Raises:
         DatasetError: the training data can't be read again.
@@ -130,7 +133,7 @@ def export_bundle(
         facts["licences"] |= {
             eye.card.key: f"{eye.card.licence}, {eye.card.licence_url}" for eye in eyes
         }
-    return write_bundle(output, files, facts)
+    return write_bundle(output, files, facts, sign)
 
 
 def plain_parts(

@@ -19,6 +19,7 @@ EXAMPLES = """
 Examples:
   cdt-export --fp16                         from models/best_model.pt
   cdt-export --int8                         for a CPU: int8 where it gains
+  cdt-export --sign private.pem             for cdt-infer --trust public.pem
   cdt-export --checkpoint out/best_model.pt --output engines/lung
   cdt-export --encoders medsiglip,path-foundation --quantize int8
 
@@ -59,6 +60,7 @@ Research use only: not a medical device.
 @click.option(
     "--tiles", metavar="DIR", help="CLASS/* tiles: how --encoders change few-shot accuracy."
 )
+@click.option("--sign", metavar="KEY", help="Sign the bundle with this Ed25519 private key (PEM).")
 @click.option("--data-dir", metavar="DIR", help="Where the training data is now, if it has moved.")
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest in place of the table.")
 @click.version_option(__version__, prog_name="cdt-export")
@@ -71,6 +73,7 @@ def export_command(
     encoders: str | None,
     weights: tuple[str, ...],
     tiles: str | None,
+    sign: str | None,
     data_dir: str | None,
     as_json: bool,
 ) -> None:
@@ -81,6 +84,8 @@ def export_command(
     """
     if fp16 and int8:
         raise click.UsageError("--fp16 and --int8: give one, --fp16 for a GPU or --int8 for a CPU")
+    if sign and encoders is not None:
+        raise click.UsageError("--sign: for bundles, not with --encoders")
     if encoders is not None:
         _export_encoders(encoders, quantize, weights, tiles, output, as_json)
         return
@@ -89,8 +94,10 @@ def export_command(
     from cdt_export.build import export_bundle
     from cdt_export.int8_choice import choice_text
     from cdt_export.report import parity_text
+    from cdt_runtime.signing import signer
     from cdt_train.trained import load_trained
 
+    seal = signer(Path(sign)) if sign else None  # a key that can't be used is said before the work
     precision = "fp16" if fp16 else "int8" if int8 else "fp32"
     trained = load_trained(Path(checkpoint))
     data = "phantom" if trained.info["phantom"] else trained.info["layout"]
@@ -101,6 +108,7 @@ def export_command(
         precision=precision,
         data_dir=Path(data_dir) if data_dir else None,
         quantize=quantize,
+        sign=seal,
     )
     if as_json:
         click.echo(json.dumps(bundle.manifest, indent=1))

@@ -2,7 +2,7 @@
 
 A bundle is a manifest, `bundle.json`, and the files it lists with their size and SHA-256. Opening
 one checks every name, size and hash before any byte reaches an inference engine. What the manifest
-does not list is refused, except `plans/`, where a machine keeps the engines it built for itself.
+does not list is refused, except its signature, `bundle.sig`.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from cdt_runtime.errors import BundleError
 from cdt_runtime.files import locked, sync_folder, write_synced
 from cdt_runtime.parallel import side_by_side
 from cdt_runtime.preprocess import Preprocess
+from cdt_runtime.signing import MAX_BYTES, SIGNATURE, Sign, require_signature
 
 SCHEMA = 2
 """2: prototypes say how they are fitted and whether the answer rests on a CT."""
@@ -51,15 +52,21 @@ class Bundle:
     manifest: Mapping[str, Any]
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> Bundle:
+    def open(cls, path: str | os.PathLike[str], trust: Path | None = None) -> Bundle:
         """Open a bundle and check every file it lists.
+
+        Args:
+            path: the folder.
+            trust: PEM file of the Ed25519 public key whose owner must have signed it.
 
         Raises:
             BundleError: the folder is no bundle, is of another schema, or any file is missing,
-                altered, a link, or not listed.
+                altered, a link, or not listed; or it is not signed by the trusted key.
         """
         folder = Path(path)
         manifest = _read_manifest(folder)
+        if trust is not None:
+            require_signature(folder.name, _dump(manifest), _signature(folder), trust)
         _check_listing(folder, manifest["files"])
         bundle = cls(folder, manifest)
         side_by_side(lambda: bundle.check, manifest["files"], MAX_THREADS)
@@ -109,6 +116,11 @@ class Bundle:
             )
 
     @property
+    def signed(self) -> bool:
+        """Whether a signature lies beside the manifest; whose, only `open` with a key tells."""
+        return (self.path / SIGNATURE).is_file()
+
+    @property
     def preprocess(self) -> Preprocess:
         """The preprocessing that the graphs were trained with."""
         return Preprocess.from_dict(self.manifest["preprocess"])
@@ -154,7 +166,9 @@ def newest_bundle(folder: Path) -> Path:
     return max(found)[2]
 
 
-def write_bundle(path: Path, files: Mapping[str, bytes], facts: Mapping[str, Any]) -> Bundle:
+def write_bundle(
+    path: Path, files: Mapping[str, bytes], facts: Mapping[str, Any], sign: Sign | None = None
+) -> Bundle:
     """Write a bundle, replacing an older one of the same name in one step.
 
     Killed at any moment, it leaves the old bundle or the new one.
@@ -163,6 +177,7 @@ def write_bundle(path: Path, files: Mapping[str, bytes], facts: Mapping[str, Any
         path: the bundle's folder.
         files: content of each file by name.
         facts: the manifest's other entries.
+        sign: what signs the manifest; without it the bundle is not signed.
 
     Raises:
         BundleError: `path` exists and is not a bundle.
@@ -173,12 +188,16 @@ def write_bundle(path: Path, files: Mapping[str, bytes], facts: Mapping[str, Any
     kept = {key: value for key, value in facts.items() if key != _SELF_HASH}
     manifest = {**kept, "schema": SCHEMA, "name": path.name, "files": listing}
     manifest[_SELF_HASH] = sha256(_dump(manifest))
-    write_folder(path, {**files, MANIFEST: _dump(manifest)})
+    write_folder(path, {**files, **_closing(manifest, sign)})
     return Bundle.open(path)
 
 
 def change_bundle(
-    bundle: Bundle, files: Mapping[str, bytes], kept: Mapping[str, str], facts: Mapping[str, Any]
+    bundle: Bundle,
+    files: Mapping[str, bytes],
+    kept: Mapping[str, str],
+    facts: Mapping[str, Any],
+    sign: Sign | None = None,
 ) -> Bundle:
     """Change some files of a bundle in one step; graphs are linked, not copied.
 
@@ -190,6 +209,7 @@ def change_bundle(
         files: content of those that are new or change.
         kept: name in the changed bundle of each file that stays, to its name now.
         facts: entries of the manifest that change; None takes one out.
+        sign: what signs the manifest; without it a signature that there was is gone.
 
     Raises:
         BundleError: the folder can't be written, or was changed since it was opened.
@@ -202,13 +222,11 @@ def change_bundle(
     manifest = {key: value for key, value in changed.items() if value is not None}
     manifest[_SELF_HASH] = sha256(_dump(manifest))
     links = {name: path / old for name, old in kept.items()}
-    plans = path / "plans"
-    links |= {f"plans/{one.name}": one for one in plans.glob("*") if one.is_file()}
     try:
         with locked(path.parent):
             if Bundle(path, _read_manifest(path)).identity != bundle.identity:
                 raise BundleError(f"{path}: was changed by another command: give yours again")
-            write_folder(path, {**files, MANIFEST: _dump(manifest)}, links)
+            write_folder(path, {**files, **_closing(manifest, sign)}, links)
     except OSError as error:
         raise BundleError(
             f"{path}: can't be changed ({error.strerror}): check who may write there"
@@ -236,7 +254,6 @@ def write_folder(
         for name, data in files.items():
             write_synced(staging / name, data)
         for name, source in (links or {}).items():
-            (staging / name).parent.mkdir(exist_ok=True)
             _link(source, staging / name)
         staging.chmod(0o755)
         _put_in_place(staging, path)
@@ -291,6 +308,22 @@ def _dump(manifest: Mapping[str, Any]) -> bytes:
     return (json.dumps(manifest, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
+def _closing(manifest: Mapping[str, Any], sign: Sign | None) -> dict[str, bytes]:
+    """The files that speak for all others: the manifest, and its signature."""
+    content = _dump(manifest)
+    return {MANIFEST: content, **({SIGNATURE: sign(content)} if sign else {})}
+
+
+def _signature(folder: Path) -> bytes | None:
+    try:
+        with (folder / SIGNATURE).open("rb") as file:
+            return file.read(MAX_BYTES)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise BundleError(f"{folder.name}/{SIGNATURE}: can't be read ({error.strerror})") from error
+
+
 def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     try:
@@ -333,7 +366,7 @@ def _check_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
 
 def _check_listing(folder: Path, listed: Mapping[str, Any]) -> None:
     try:
-        found = {entry.name for entry in folder.iterdir()} - {MANIFEST, "plans"}
+        found = {entry.name for entry in folder.iterdir()} - {MANIFEST, SIGNATURE}
     except OSError as error:
         raise BundleError(f"{folder}: can't be listed ({error.strerror})") from error
     for name in sorted(found | set(listed)):

@@ -113,10 +113,11 @@ class FewShotClassifier:
         cache: Path | None = None,
         tta: bool = False,
         coverage: float | None = None,
+        trust: Path | None = None,
     ) -> FewShotClassifier:
-        """Open a bundle folder; see the class for the arguments and errors."""
+        """Open a bundle folder; see the class and `Bundle.open` for the arguments and errors."""
         return cls(
-            Bundle.open(path),
+            Bundle.open(path, trust),
             backend=backend,
             precision=precision,
             cache=cache,

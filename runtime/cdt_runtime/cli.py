@@ -74,6 +74,7 @@ def infer() -> NoReturn:
     help="Also the set of classes that holds the right one this often, such as 0.9.",
 )
 @click.option("--card", metavar="FILE", help="Also a page of evidence on the one TILE (HTML).")
+@click.option("--trust", metavar="KEY", help="Refuse a bundle that this public key did not sign.")
 @click.option("--audit", metavar="FILE", help="Also a line an answer in an append-only log.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a tile, one a line.")
 @click.option("--no-ct", is_flag=True, help="Ignore the CT; CT_DIR may then be left out.")
@@ -99,6 +100,7 @@ def infer_command(
     transductive: bool,
     coverage: float | None,
     card: str | None,
+    trust: str | None,
     audit: str | None,
     as_json: bool,
     no_ct: bool,
@@ -126,6 +128,7 @@ def infer_command(
             "--out": out,
             "--card": card,
             "--audit": audit,
+            "--trust": trust,
         }
     )
     _refuse_slide_options(as_slide, tiles, out)
@@ -134,7 +137,14 @@ def infer_command(
         raise InputError("--transductive is for tiles alone: leave --slide and --card out")
     log = _audit_log(audit)
     start_reading()  # it gets ready while the bundle is opened
-    classifier = _open(bundle, backend, precision, tta=tta, coverage=coverage)
+    classifier = _open(
+        bundle,
+        backend,
+        precision,
+        tta=tta,
+        coverage=coverage,
+        trust=Path(trust) if trust else None,
+    )
     if fill_missing:
         from cdt_runtime.tile_input import require_filling
 

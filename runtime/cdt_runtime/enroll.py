@@ -22,6 +22,7 @@ from cdt_runtime.errors import InputError, PrototypeError
 from cdt_runtime.printable import counted
 from cdt_runtime.prototypes import FACTS, TENSORS, Prototypes
 from cdt_runtime.review import Review, review
+from cdt_runtime.signing import Sign
 from cdt_runtime.support import NewTiles, added, class_name, without_class
 from cdt_runtime.tile_folder import tiles_under
 
@@ -178,8 +179,8 @@ def _review(classifier: FewShotClassifier, support: Prototypes) -> Review:
     return review(embedded, support.tokens, *facts)
 
 
-def write_change(bundle: Bundle, change: Change) -> Bundle:
-    """Write a change as the bundle's newest version.
+def write_change(bundle: Bundle, change: Change, sign: Sign | None = None) -> Bundle:
+    """Write a change as the bundle's newest version, signed anew or no more.
 
     Raises:
         BundleError: the bundle can't be written, or was changed meanwhile.
@@ -193,10 +194,11 @@ def write_change(bundle: Bundle, change: Change) -> Bundle:
         change.after.to_files(),
         _kept(bundle, lambda name: _old(name, older) if name in (TENSORS, FACTS) else name),
         {VERSIONS: [*known, latest]},
+        sign,
     )
 
 
-def undo(bundle: Bundle) -> Bundle:
+def undo(bundle: Bundle, sign: Sign | None = None) -> Bundle:
     """Go back to the version before the newest, which is lost; the first is the bundle as it was.
 
     Raises:
@@ -214,6 +216,7 @@ def undo(bundle: Bundle) -> Bundle:
         {},
         _kept(bundle, lambda name: None if name in gone else back.get(name, name)),
         {VERSIONS: known[:-1] if len(known) > 2 else None},
+        sign,
     )
 
 

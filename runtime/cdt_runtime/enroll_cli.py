@@ -16,6 +16,7 @@ from cdt_runtime.errors import InputError
 if TYPE_CHECKING:
     from cdt_runtime.bundle import Bundle
     from cdt_runtime.enroll import Change
+    from cdt_runtime.signing import Sign
 
 EXAMPLES = """
 \b
@@ -56,6 +57,7 @@ def enroll() -> NoReturn:
 @click.option("--ct", metavar="CT_DIR", help="The patient's CT.")
 @click.option("--bundle", metavar="DIR", help="Bundle folder.  [default: the newest in ./engines]")
 @click.option("--dry-run", is_flag=True, help="Tell what would change, and change nothing.")
+@click.option("--sign", metavar="KEY", help="Sign the changed bundle with this private key.")
 @click.option("--channels", metavar="A,B,...", help="Channel names of tiles that carry none.")
 @click.option("--mpp", type=click.FloatRange(min=0, min_open=True), help="Microns a pixel.")
 @click.option("--backend", default="auto", show_default=True, help="As of cdt-infer.")
@@ -72,6 +74,7 @@ def enroll_command(
     ct: str | None,
     bundle: str | None,
     dry_run: bool,
+    sign: str | None,
     channels: str | None,
     mpp: float | None,
     backend: str,
@@ -86,9 +89,12 @@ def enroll_command(
             "give one of --class NAME TILE ..., --from PATH, --remove NAME, --adapt TILES_DIR, "
             "--list and --undo"
         )
+    seal = _signer(sign)
     opened = Bundle.open(bundle or newest_bundle(Path("engines")))
+    if opened.signed and not (seal or show or dry_run):
+        click.echo("note: the bundle's signature ends with this change: --sign gives one", err=True)
     if show or back:
-        _show(_undone(opened, dry_run) if back else opened, as_json)
+        _show(_undone(opened, dry_run, seal) if back else opened, as_json)
         return
     from cdt_runtime.classifier import FewShotClassifier
     from cdt_runtime.enroll import adapting, adding, listed_tiles, removing, write_change
@@ -109,7 +115,7 @@ def enroll_command(
             paths = [path for tile in tiles for path in tiles_under(tile, expected, names)]
             listed = [(path, name or "") for path in paths]
         change = adding(classifier, listed, ct, channels=names, mpp=mpp)
-    changed = opened if dry_run else write_change(opened, change)
+    changed = opened if dry_run else write_change(opened, change, seal)
     facts = _facts(change, changed, dry_run)
     if drift:
         facts["drift"] = asdict(drift)
@@ -123,12 +129,20 @@ def enroll_command(
     click.echo(_text(facts))
 
 
-def _undone(bundle: Bundle, dry_run: bool) -> Bundle:
+def _signer(path: str | None) -> Sign | None:
+    if path is None:
+        return None
+    from cdt_runtime.signing import signer
+
+    return signer(Path(path))
+
+
+def _undone(bundle: Bundle, dry_run: bool, sign: Sign | None) -> Bundle:
     from cdt_runtime.enroll import undo
 
     if dry_run:
         raise InputError("--undo with --dry-run: --list shows the version that it goes back to")
-    return undo(bundle)
+    return undo(bundle, sign)
 
 
 def _show(bundle: Bundle, as_json: bool) -> None:

@@ -78,9 +78,10 @@ def test_an_unlisted_file_is_refused(path: Path) -> None:
         Bundle.open(path)
 
 
-def test_plans_of_this_machine_are_let_be(path: Path) -> None:
+def test_a_folder_beside_the_files_is_refused(path: Path) -> None:
     (path / "plans").mkdir()
-    assert Bundle.open(path).manifest["precision"] == "fp32"
+    with pytest.raises(BundleError, match=r"small/plans: not in the manifest: remove it"):
+        Bundle.open(path)
 
 
 def test_a_missing_file_is_named(path: Path) -> None:

@@ -167,14 +167,6 @@ def test_two_at_once_do_not_lose_a_change(bundle: Path, tiles: list[Path]) -> No
     assert FewShotClassifier.open(bundle, backend="onnxruntime").classes[-1] == "one"
 
 
-def test_what_a_machine_built_stays(bundle: Path, tiles: list[Path]) -> None:
-    (bundle / "plans").mkdir()
-    (bundle / "plans" / "one.plan").write_bytes(b"built here")
-    opened = FewShotClassifier.open(bundle, backend="onnxruntime")
-    write_change(opened.bundle, adding(opened, [(str(tiles[0]), "one")]))
-    assert (bundle / "plans" / "one.plan").read_bytes() == b"built here"
-
-
 def test_an_engine_is_not_tested_again_for_a_new_class(
     bundle: Path, tiles: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

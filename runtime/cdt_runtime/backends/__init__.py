@@ -10,6 +10,7 @@ from __future__ import annotations
 from cdt_runtime.backends import ort, ort_cuda, ov, trt, trt_plan
 from cdt_runtime.backends.session import Arrays, Backend, Precision, Session
 from cdt_runtime.errors import BackendError
+from cdt_runtime.onnx_scan import require_whole
 
 __all__ = ["BACKENDS", "Arrays", "Backend", "Precision", "Session", "open_session"]
 
@@ -26,8 +27,10 @@ def open_session(backend: str, graph: bytes, precision: Precision = "auto") -> S
 
     Raises:
         BackendError: no such engine, or it can't run here.
+        BundleError: the graph is not in one file.
     """
     require_known(backend)
+    require_whole(graph, "the graph")
     return BACKENDS[backend].open(graph, precision)
 
 

@@ -22,6 +22,7 @@ from cdt_runtime.backends.trt_plan import (
 )
 from cdt_runtime.bundle import Bundle, sha256
 from cdt_runtime.errors import BackendError
+from cdt_runtime.onnx_scan import require_whole
 
 LARGEST_BATCH = 32
 RANGES: tuple[Mapping[str, tuple[int, int, int]], ...] = (
@@ -56,6 +57,7 @@ def build_plans(bundle: Bundle) -> Iterator[tuple[str, Path]]:
         ) from error
     for name in bundle.manifest["graphs"]:
         graph = bundle.read(f"{name}.onnx")
+        require_whole(graph, f"{name}.onnx")
         path = plan_path(folder, sha256(graph), target)
         with first_device().current():
             plan = build_plan(graph, folder / f"{target.key('timings')}.timings")
