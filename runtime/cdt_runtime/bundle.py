@@ -24,6 +24,7 @@ from cdt_runtime.errors import BundleError
 from cdt_runtime.files import locked, sync_folder, write_synced
 from cdt_runtime.parallel import side_by_side
 from cdt_runtime.preprocess import Preprocess
+from cdt_runtime.printable import printable
 from cdt_runtime.signing import MAX_BYTES, SIGNATURE, Sign, require_signature
 
 SCHEMA = 2
@@ -32,6 +33,9 @@ MANIFEST = "bundle.json"
 GRAPHS = ("ct_encoder", "path_encoder", "bridge", "head", "tile_classifier")
 REQUIRED = {"files": dict, "graphs": dict, "preprocess": dict, "training": dict, "precision": str}
 """Entries of the manifest that the runtime looks up."""
+
+OPTIONAL = ("encoders", "prototype_versions")
+"""Lists that it looks up where they are."""
 
 MAX_THREADS = 4
 """To check files with."""
@@ -124,6 +128,23 @@ class Bundle:
     def preprocess(self) -> Preprocess:
         """The preprocessing that the graphs were trained with."""
         return Preprocess.from_dict(self.manifest["preprocess"])
+
+    def output_shape(self, graph: str, output: str) -> tuple[int, ...]:
+        """Return the shape of what a graph gives, without its first axis.
+
+        Raises:
+            BundleError: the manifest does not say it.
+        """
+        facts = self.manifest["graphs"][graph]
+        try:
+            shape = tuple(facts["outputs"][output]["shape"][1:])
+        except (KeyError, TypeError):
+            shape = ()
+        if not shape or any(type(one) is not int or not 0 < one < 2**31 for one in shape):
+            raise BundleError(
+                f"{self.path.name}/{MANIFEST}: no shape of {graph}'s {output}: export again"
+            )
+        return shape
 
     @property
     def identity(self) -> str:
@@ -338,30 +359,48 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise BundleError(f"{folder.name}/{MANIFEST}: not valid JSON: export again") from error
     if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
-        found = manifest.get("schema") if isinstance(manifest, dict) else None
+        found = str(manifest.get("schema") if isinstance(manifest, dict) else None)[:20]
         raise BundleError(
-            f"{folder.name}/{MANIFEST}: schema {found!r}, this version reads {SCHEMA}: export again"
+            f"{folder.name}/{MANIFEST}: schema {found}, this version reads {SCHEMA}: export again"
         )
     rest = {key: value for key, value in manifest.items() if key != _SELF_HASH}
-    if manifest.get(_SELF_HASH) != sha256(_dump(rest)) or _dump(manifest) != raw:
+    try:
+        same = manifest.get(_SELF_HASH) == sha256(_dump(rest)) and _dump(manifest) == raw
+    except (ValueError, RecursionError):  # half of a surrogate pair is no text
+        same = False
+    if not same:
         raise BundleError(f"{folder.name}/{MANIFEST}: altered since export: export again")
     _check_manifest(folder, manifest)
     return manifest
 
 
 def _check_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Make sure that what the rest of the runtime looks up is there."""
+    """Make sure that what the rest of the runtime looks up is there, and of its type."""
     absent = [key for key in REQUIRED if not isinstance(manifest.get(key), REQUIRED[key])]
     if not absent:
-        graphs = manifest["graphs"]
-        absent = [f"graphs.{name}" for name in GRAPHS if name not in graphs]
-        files = [f"{name}.onnx" for name in GRAPHS]
-        absent += [f"files.{name}" for name in files if name not in manifest["files"]]
-        absent += [] if "data" in manifest["training"] else ["training.data"]
+        graphs, files = manifest["graphs"], manifest["files"]
+        absent = [f"graphs.{name}" for name in GRAPHS if not isinstance(graphs.get(name), dict)]
+        absent += [f"graphs.{name}: no such graph" for name in set(graphs) - set(GRAPHS)]
+        absent += [f"files.{name}" for name in files if not _is_listed_well(name, files[name])]
+        absent += [f"files.{name}.onnx" for name in GRAPHS if f"{name}.onnx" not in files]
+        absent += [] if isinstance(manifest["training"].get("data"), str) else ["training.data"]
+        absent += [name for name in OPTIONAL if not isinstance(manifest.get(name, []), list)]
+        absent += [] if isinstance(manifest.get("path_encoder", {}), dict) else ["path_encoder"]
     if absent:
+        shown = ", ".join(map(printable, sorted(absent)[:5]))
         raise BundleError(
-            f"{folder.name}/{MANIFEST}: lacks {', '.join(absent)}: export again with this version"
+            f"{folder.name}/{MANIFEST}: lacks {shown}: export again with this version"
         )
+
+
+def _is_listed_well(name: str, entry: Any) -> bool:
+    """Whether a file's entry has its size and its hash."""
+    return (
+        name == printable(name)
+        and isinstance(entry, dict)
+        and type(entry.get("bytes")) is int
+        and isinstance(entry.get("sha256"), str)
+    )
 
 
 def _check_listing(folder: Path, listed: Mapping[str, Any]) -> None:

@@ -191,7 +191,7 @@ class FewShotClassifier:
         inputs = (self.read(tile, **reading) for tile in _several(tiles))
         batches = _batches(inputs, self.batch_size)
         parts = [self.embed_tokens(self._tokens(batch), context) for batch in batches]
-        width = self.bundle.manifest["graphs"]["bridge"]["outputs"]["embedding"]["shape"][1]
+        (width,) = self.bundle.output_shape("bridge", "embedding")
         return np.concatenate([np.zeros((0, width), np.float32), *parts])
 
     def fit(

@@ -44,8 +44,7 @@ class CtContexts:
         self, bundle: Bundle, cache: TokenCache, encoders: Encoders, engine: str, run: RunCt
     ) -> None:
         self._preprocess: Preprocess = bundle.preprocess
-        outputs = bundle.manifest["graphs"]["ct_encoder"]["outputs"]
-        self._shape: tuple[int, ...] = tuple(outputs["ct_tokens"]["shape"])
+        self._shape = (1, *bundle.output_shape("ct_encoder", "ct_tokens"))
         self._layout = feature_layout(bundle_cards(bundle), "ct")
         self._encoder = (bundle.ct_encoder_sha256, *_heard(encoders), engine)
         self._cache, self._encoders, self._run = cache, encoders, run

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from cdt_runtime.adaptation import Adaptation, densities, fit_adaptation
+from cdt_runtime.bundle import Bundle
 from cdt_runtime.classifier import FewShotClassifier
-from cdt_runtime.errors import InputError
+from cdt_runtime.errors import BundleError, InputError
 from cdt_runtime.prediction import TileInput
 from cdt_runtime.tile import RGB
 from cdt_runtime.tile_folder import tiles_under
@@ -153,11 +154,23 @@ def measure_drift(
         tiles=len(shown),
         blank=len(tiles) - len(shown),
         labelled=known is not None,
-        expected=1 - float(classifier.bundle.manifest["reference"]["accepted"]),
+        expected=1 - _accepted(classifier.bundle),
         before=_shares(classifier, shown, known, None),
         after=after,
         adaptation=adaptation,
     )
+
+
+def _accepted(bundle: Bundle) -> float:
+    """The share of tiles of training's kind that the reference knows as such.
+
+    Raises:
+        BundleError: the manifest does not say it.
+    """
+    try:
+        return float(bundle.manifest["reference"]["accepted"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise BundleError(f"{bundle.path.name}: no reference.accepted: export it again") from error
 
 
 def _shares(

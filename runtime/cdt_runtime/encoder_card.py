@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from cdt_runtime.errors import BundleError
+from cdt_runtime.plain import from_plain
 
 Modality = Literal["tile", "ct", "text"]
 Resize = Literal["bicubic", "bilinear", "bilinear_plain"]
@@ -131,34 +131,6 @@ class EncoderCard:
         """Read back what `to_dict` gave.
 
         Raises:
-            BundleError: a key is missing or unknown.
+            BundleError: a key is missing or unknown, or a value of another type.
         """
-        known = _known(cls, values)
-        made = {
-            "input": _input_spec(known["input"]),
-            "options": {name: _input_spec(one) for name, one in known["options"].items()},
-            "packages": tuple(known["packages"]),
-        }
-        return cls(**{**known, **made})
-
-
-def _input_spec(values: Mapping[str, Any]) -> InputSpec:
-    known = _known(InputSpec, values)
-    volume = known["volume"]
-    lists = {name: tuple(known[name]) for name in ("mean", "std", "mpp")}
-    return InputSpec(**{**known, **lists, "volume": volume and _volume_spec(volume)})
-
-
-def _volume_spec(values: Mapping[str, Any]) -> VolumeSpec:
-    known = _known(VolumeSpec, values)
-    lists = {name: known[name] and tuple(known[name]) for name in ("shape", "spacing_mm")}
-    windows = tuple((float(low), float(high)) for low, high in known["windows"])
-    return VolumeSpec(**{**known, **lists, "windows": windows})
-
-
-def _known(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    expected = {one.name for one in fields(kind)}
-    if not isinstance(values, Mapping) or set(values) != expected:
-        odd = ", ".join(sorted(set(values) ^ expected)) if isinstance(values, Mapping) else values
-        raise BundleError(f"encoder card: keys missing or unknown: {odd}: export again")
-    return dict(values)
+        return from_plain(cls, values, "encoder card")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cdt_runtime.errors import BundleError, SeriesError, TileError
+from cdt_runtime.plain import from_plain
 
 if TYPE_CHECKING:
     from cdt_runtime.tile import Tile
@@ -89,19 +90,40 @@ class Preprocess:
         """Read back what `to_dict` gave.
 
         Raises:
-            BundleError: a key is missing or unknown.
+            BundleError: a key is missing or unknown, or a value of another type or out of bounds.
         """
-        expected = {field.name for field in fields(cls)}
-        if set(values) != expected:
-            odd = ", ".join(sorted(set(values) ^ expected))
-            raise BundleError(f"preprocessing spec: keys missing or unknown: {odd}: export again")
-        return cls(
-            **{
-                **values,
-                "channels": tuple(values["channels"]),
-                "hu_windows": tuple((float(a), float(b)) for a, b in values["hu_windows"]),
-            }
-        )
+        made = from_plain(cls, values, "preprocessing spec")
+        made._check()
+        return made
+
+    def _check(self) -> None:
+        """Make sure that no value is out of all bounds.
+
+        Raises:
+            BundleError: naming the first that is.
+        """
+        bounds = {
+            "image_size": (1, 4096),
+            "tile_bits": (1, 32),
+            "ct_depth": (1, 4096),
+            "slice_size": (1, 4096),
+            "min_slices": (1, 100_000),
+            "blank_std": (0.0, 1.0),
+        }
+        for name, (low, high) in bounds.items():
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise BundleError(
+                    f"preprocessing spec: {name} is {value}, expected {low} to {high}: export again"
+                )
+        if not self.channels or len(set(self.channels)) != len(self.channels):
+            raise BundleError("preprocessing spec: channels are none or named twice: export again")
+        if not self.hu_windows or any(low >= high for low, high in self.hu_windows):
+            raise BundleError("preprocessing spec: hu_windows are none or empty: export again")
+        if self.tile_mpp is not None and self.tile_mpp <= 0:
+            raise BundleError(
+                f"preprocessing spec: tile_mpp is {self.tile_mpp}, expected above 0: export again"
+            )
 
     def ct(self, volume: Volume) -> Float:
         """Reduce a volume to the CT input.

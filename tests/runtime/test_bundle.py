@@ -6,9 +6,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+from fuzzing import rehashed
 
 from cdt_runtime.bundle import GRAPHS, MANIFEST, Bundle, newest_bundle, write_bundle
 from cdt_runtime.errors import BundleError
+from cdt_runtime.preprocess import Preprocess
 
 FILES = {f"{name}.onnx": b"graph of " + name.encode() for name in GRAPHS}
 FACTS = {
@@ -201,3 +203,75 @@ def test_a_bundle_that_cannot_be_read_is_said(path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(Path, "read_bytes", denied)
     with pytest.raises(BundleError, match=r"small: can't be read \(Permission denied\)"):
         Bundle.open(path)
+
+
+def forged(path: Path, *place: str, value: object) -> None:
+    """Put a value into a manifest and make all hashes right again, as no friend would."""
+    manifest = json.loads((path / MANIFEST).read_text())
+    inner = manifest
+    for key in place[:-1]:
+        inner = inner[key]
+    inner[place[-1]] = value
+    (path / MANIFEST).write_bytes(rehashed(manifest))
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "said"),
+    [
+        (("files", "head.onnx"), {"sha256": "0"}, r"lacks files\.head\.onnx: export again"),
+        (("files", "head.onnx"), {"bytes": 1}, r"lacks files\.head\.onnx: export again"),
+        (("files", "head.onnx"), 0, r"lacks files\.head\.onnx: export again"),
+        (("files", "a\nb"), {"bytes": 1, "sha256": "0"}, "lacks files.a.b: export again"),
+        (("files", "../x"), {"bytes": 1, "sha256": "0"}, r"\.\./x: a link or a path, not a file"),
+        (("files",), [], "lacks files"),
+        (("graphs", "head"), [], r"lacks graphs\.head"),
+        (("graphs", "tail"), {}, r"lacks graphs\.tail: no such graph"),
+        (("training",), {"data": 3}, r"lacks training\.data"),
+        (("encoders",), {"a": 1}, "lacks encoders"),
+        (("path_encoder",), [1], "lacks path_encoder"),
+        (("name",), "\ud800", "altered since export"),
+        (("schema",), ["x" * 500], r"schema \['x{18}, this version reads 2"),
+    ],
+)
+def test_a_forged_manifest_is_refused(
+    path: Path, place: tuple[str, ...], value: object, said: str
+) -> None:
+    forged(path, *place, value=value)
+    with pytest.raises(BundleError, match=said) as caught:
+        Bundle.open(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("hu_windows", [{}], r"hu_windows is '\{\}', expected tuple"),
+        ("hu_windows", [[]], r"hu_windows is '\[\]', expected tuple"),
+        ("hu_windows", [[0, None]], "hu_windows is 'None', expected float"),
+        ("hu_windows", [[5, 5]], "hu_windows are none or empty"),
+        ("channels", "RGB", "channels is 'RGB', expected tuple"),
+        ("channels", ["R", "R"], "channels are none or named twice"),
+        ("image_size", True, "image_size is 'True', expected int"),
+        ("image_size", -1, "image_size is -1, expected 1 to 4096"),
+        ("slice_size", 10**9, "slice_size is 1000000000, expected 1 to 4096"),
+        ("tile_dtype", "int4", "tile_dtype is 'int4', expected one of uint8, float32"),
+        ("tile_mpp", {}, r"tile_mpp is '\{\}', expected float"),
+        ("tile_mpp", -0.5, r"tile_mpp is -0\.5, expected above 0"),
+        ("blank_std", float("inf"), "blank_std is 'inf', expected float"),
+    ],
+)
+def test_a_forged_preprocessing_is_refused(key: str, value: object, said: str) -> None:
+    values = {**Preprocess(("R", "G", "B")).to_dict(), key: value}
+    with pytest.raises(BundleError, match=f"^preprocessing spec.*{said}"):
+        Preprocess.from_dict(values)
+
+
+def test_a_shape_that_is_none_is_refused(path: Path) -> None:
+    with pytest.raises(BundleError, match=r"small/bundle\.json: no shape of head's logits"):
+        Bundle.open(path).output_shape("head", "logits")
+    for shape in ([], [1], [1, "n"], [1, -2], [1, 2**31], 7):
+        forged(path, "graphs", "head", value={"outputs": {"logits": {"shape": shape}}})
+        with pytest.raises(BundleError, match="no shape of head's logits"):
+            Bundle.open(path).output_shape("head", "logits")
+    forged(path, "graphs", "head", value={"outputs": {"logits": {"shape": [1, 4]}}})
+    assert Bundle.open(path).output_shape("head", "logits") == (4,)

@@ -93,7 +93,9 @@ def load(
         _load_cuda()
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     try:
-        session = ort.InferenceSession(graph, options, providers=[(provider, dict(settings or {}))])
+        session = ort.InferenceSession(
+            graph, options, providers=[(provider, dict(settings or {}))], enable_fallback=0
+        )
     except Exception as error:  # as in `OrtSession.run`
         raise BackendError(f"{provider}: can't load the graph: {_reason(error, cure)}") from error
     actual = session.get_providers()[0]
