@@ -20,6 +20,7 @@ from cdt_runtime.bundle import Bundle
 from cdt_runtime.errors import BundleError, CheckpointError, DatasetError, ParityError
 from cdt_runtime.golden import ALLOWED, self_test
 from cdt_runtime.prototypes import FACTS, FITS, fit_prototypes, softmax
+from cdt_train.checkpoint import load_checkpoint, save_checkpoint
 from cdt_train.split_record import SplitRecord
 from cdt_train.trained import Trained, load_trained
 
@@ -353,9 +354,9 @@ def test_a_bundle_knows_its_split_without_names(bundle_dir: Path, trained: Train
 
 
 def test_a_checkpoint_of_an_earlier_version_is_refused(trained_dir: Path, tmp_path: Path) -> None:
-    content = torch.load(trained_dir / "best_model.pt", weights_only=True)
+    content = load_checkpoint(trained_dir / "best_model.pt", ())
     del content["calibration"]["fit"]
-    torch.save(content, tmp_path / "old.pt")
+    save_checkpoint(tmp_path / "old.pt", content)
     with pytest.raises(CheckpointError, match=r"old.pt: its calibration lacks fit: an earlier "):
         load_trained(tmp_path / "old.pt")
 

@@ -9,6 +9,7 @@ import torch
 
 from cdt_runtime.errors import CheckpointError, TrainingError
 from cdt_train.checkpoint import (
+    content_sha256,
     load_checkpoint,
     load_weights,
     save_checkpoint,
@@ -63,6 +64,45 @@ def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
         (tmp_path / "a.pt").write_bytes(damaged)
         with pytest.raises(CheckpointError, match="not a readable checkpoint"):
             load_checkpoint(tmp_path / "a.pt", ())
+
+
+def test_a_changed_weight_is_seen(tmp_path: Path) -> None:
+    """The archive's own checksums are not looked at when tensors are read."""
+    path = tmp_path / "a.pt"
+    save_checkpoint(path, {"model_state_dict": {"w": torch.arange(4.0)}, "rng": [1, (2.5, None)]})
+    whole = path.read_bytes()
+    at = whole.index(torch.arange(4.0).numpy().tobytes())
+    for place in range(at, at + 16):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(CheckpointError, match=r"a\.pt: its content does not fit its hash"):
+            load_checkpoint(path, ())
+    path.write_bytes(whole)
+    assert load_checkpoint(path, ())["rng"] == [1, (2.5, None)]
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"a": 1}, {"a": 1.0}),
+        ({"a": 1}, {"a": True}),
+        ({"a": "1"}, {"a": 1}),
+        ({"a": None}, {"a": "None"}),
+        ({"a": [1, 2]}, {"a": [12]}),
+        ({"a": ["ab", "c"]}, {"a": ["a", "bc"]}),
+        ({"a": {}, "b": 1}, {"a": {"b": 1}}),
+        ({1: 2}, {"1": 2}),
+        ({"a": torch.zeros(2)}, {"a": torch.zeros(1, 2)}),
+        ({"a": torch.zeros(2)}, {"a": torch.zeros(2, dtype=torch.int32)}),
+        ({"a": torch.zeros(())}, {"a": torch.ones(())}),
+        ({"a": torch.zeros(2, dtype=torch.bfloat16)}, {"a": torch.ones(2, dtype=torch.bfloat16)}),
+    ],
+)
+def test_what_differs_has_another_hash(one: dict[str, object], other: dict[str, object]) -> None:
+    assert content_sha256(one) != content_sha256(other)
+
+
+def test_the_order_of_keys_does_not_count() -> None:
+    assert content_sha256({"a": 1, "b": 2}) == content_sha256({"b": 2, "a": 1})
 
 
 class Malicious:

@@ -14,6 +14,7 @@ import torch
 
 from cdt_runtime.bundle import Bundle, write_bundle
 from cdt_runtime.errors import BundleError, CheckpointError, DatasetError
+from cdt_train.checkpoint import load_checkpoint, save_checkpoint
 from cdt_train.cli import train_command
 from cdt_train.data.phantom import write_phantom
 from cdt_train.deployed import shipped_model
@@ -151,9 +152,9 @@ def test_data_changed_in_place_is_refused(
     trained_dir: Path, phantom_dir: Path, tmp_path: Path
 ) -> None:
     data = Path(shutil.copytree(phantom_dir, tmp_path / "data"))
-    content = torch.load(trained_dir / "best_model.pt", weights_only=True)
+    content = load_checkpoint(trained_dir / "best_model.pt", ())
     content["dataset_info"]["data_dir"] = str(data)
-    torch.save(content, tmp_path / "here.pt")
+    save_checkpoint(tmp_path / "here.pt", content)
     first, second = (data / name for name in content["dataset_info"]["split"]["test"][:2])
     kept = first.read_bytes()
     first.write_bytes(second.read_bytes())

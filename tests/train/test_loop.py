@@ -126,6 +126,7 @@ def test_checkpoints_hold_what_users_of_the_field_expect(tmp_path: Path) -> None
         "config",
         "history",
         "note",
+        "content_sha256",
     }
     assert content["epoch"] == 4
 

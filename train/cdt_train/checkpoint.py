@@ -1,10 +1,12 @@
-"""Checkpoints: written whole or not at all, read without running code."""
+"""Checkpoints: written whole or not at all, hashed, read without running code."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+import struct
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from cdt_runtime.errors import CheckpointError, TrainingError
 from cdt_runtime.files import sync_folder, write_synced
 
 _PARTIAL = ".partial"
+_HASH = "content_sha256"
 
 
 def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
@@ -28,7 +31,8 @@ def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}{_PARTIAL}")
     try:
-        write_synced(temporary, lambda file: torch.save(dict(content), file))
+        whole = {**content, _HASH: content_sha256(content)}
+        write_synced(temporary, lambda file: torch.save(whole, file))
         temporary.replace(path)
         sync_folder(path.parent)
     except OSError as error:
@@ -57,7 +61,43 @@ def load_checkpoint(path: Path, needed: Iterable[str]) -> dict[str, Any]:
     absent = [key for key in needed if not isinstance(content, dict) or key not in content]
     if absent:
         raise CheckpointError(f"{path}: not a cdt-train checkpoint: lacks {', '.join(absent)}")
+    said = content.pop(_HASH, None)
+    if said != content_sha256(content):
+        raise CheckpointError(
+            f"{path}: its content does not fit its hash: it was damaged, or changed after it was "
+            "saved: copy it again, or train again"
+        )
     return dict(content)
+
+
+def content_sha256(content: Mapping[str, Any]) -> str:
+    """SHA-256 of nested plain values and tensors, hexadecimal; the order of keys does not count."""
+    digest = hashlib.sha256()
+    for part in _parts(content):
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def _parts(value: Any) -> Iterator[bytes | memoryview]:
+    """What a value is made of, each part with its kind and length before it."""
+    if isinstance(value, Tensor):
+        plain = value.detach().cpu().contiguous()
+        yield f"tensor {plain.dtype} {tuple(plain.shape)};".encode()
+        yield plain.reshape(-1).view(torch.uint8).numpy().data
+    elif isinstance(value, Mapping):
+        yield f"map {len(value)};".encode()
+        for key in sorted(value, key=lambda key: (type(key).__name__, key)):
+            yield from _parts(key)
+            yield from _parts(value[key])
+    elif isinstance(value, list | tuple):
+        yield f"list {len(value)};".encode()
+        for one in value:
+            yield from _parts(one)
+    elif isinstance(value, float):
+        yield b"float " + struct.pack("<d", value)
+    else:
+        text = str(value).encode("utf-8", "surrogatepass")
+        yield f"{type(value).__name__} {len(text)};".encode() + text
 
 
 def load_weights(module: torch.nn.Module, state: Mapping[str, Tensor], origin: Path) -> None:
