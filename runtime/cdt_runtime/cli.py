@@ -117,7 +117,7 @@ def infer_command(
     Without training anything: the bundle's prototypes decide, and "can't tell"
     is an answer.
     """
-    from cdt_runtime.reading import start_reading
+    from cdt_runtime.sandbox.process import SANDBOX
 
     ct_dir, tiles = _split_paths(paths, no_ct)
     _refuse_empty(
@@ -136,7 +136,7 @@ def infer_command(
     if transductive and (as_slide or card):
         raise InputError("--transductive is for tiles alone: leave --slide and --card out")
     log = _audit_log(audit)
-    start_reading()  # it gets ready while the bundle is opened
+    SANDBOX.start()  # it gets ready while the bundle is opened
     classifier = _open(
         bundle,
         backend,

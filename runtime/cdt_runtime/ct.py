@@ -33,6 +33,7 @@ from cdt_runtime.dicom_header import PixelFile, reading
 from cdt_runtime.dicom_pixels import hu_of, open_raw, padding_in_tissue
 from cdt_runtime.dicom_quiet import quiet
 from cdt_runtime.errors import SeriesError
+from cdt_runtime.preprocess import area_resize
 from cdt_runtime.printable import counted
 from cdt_runtime.volume import Volume, describe
 
@@ -146,7 +147,8 @@ def load_volume(series: Series) -> Volume:
 
     def take(batch: Batch, cells: npt.NDArray[Any]) -> None:
         hu = hu_of(cells, batch.frames[0])
-        stack[batch.place], lowest[batch.place] = series.geometry.turn(hu), hu.min()
+        placed = series.geometry.placed(hu, batch.place)
+        stack[batch.place], lowest[batch.place] = placed, hu.min()
 
     with quiet():
         each_batch([Batch(n, (frame,)) for n, frame in enumerate(series.frames)], lambda: take)
@@ -162,7 +164,9 @@ def load_volume(series: Series) -> Volume:
 
 
 def load_reduced(series: Series, shape: tuple[int, int, int]) -> npt.NDArray[np.float32]:
-    """Decodes a scanned series slice by slice, each reduced at once: a volume is never held.
+    """Decodes a scanned series slice by slice, each reduced at once: no volume is held.
+
+    Where a tilted gantry has to be undone, one is.
 
     Args:
         series: what `scan_series` gave.
@@ -175,6 +179,8 @@ def load_reduced(series: Series, shape: tuple[int, int, int]) -> npt.NDArray[np.
     Raises:
         SeriesError: as `load_volume`.
     """
+    if series.geometry.shifts:
+        return area_resize(load_volume(series).hu, shape)
     with quiet():
         means, lowest = mean_volume(series.frames, series.geometry, shape)
     _check_hu(lowest, series.frames)

@@ -23,6 +23,9 @@ Array = npt.NDArray[np.float64]
 
 COS_45 = math.cos(math.radians(45)) - 1e-9
 PLANES = ("sagittal", "coronal", "axial")
+AIR = np.float32(-1024)
+MAX_TILT = 45.0
+"""Degrees; gantries tilt by 30."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +46,47 @@ class Geometry:
     """Flip a slice's rows, its columns (after the transpose)."""
     at: tuple[float, ...]
     """Where each output slice lies, counted in input slices: whole numbers but after resampling."""
+    shifts: tuple[tuple[float, float], ...] = ()
+    """Pixels down and across by which each input slice is moved, on a slice of the shape's size;
+    none where the gantry stood upright."""
 
     def turn(self, pixels: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """A slice as it is stored -> as it lies in the canonical volume."""
         turned = pixels.T if self.swap else pixels
         return turned[:: -1 if self.flip[0] else 1, :: -1 if self.flip[1] else 1]
+
+    def placed(self, pixels: npt.NDArray[np.float32], index: int) -> npt.NDArray[np.float32]:
+        """A slice as it is stored -> as it lies in the canonical volume, a tilt undone.
+
+        Args:
+            pixels: HU.
+            index: of the slice.
+        """
+        turned = self.turn(pixels)
+        if not self.shifts:
+            return turned
+        return moved(turned, self.shifts[index], self.shape[1:])
+
+
+def moved(
+    pixels: npt.NDArray[np.float32], shift: tuple[float, float], shape: tuple[int, int]
+) -> npt.NDArray[np.float32]:
+    """Move a slice on a larger one of air, by linear interpolation.
+
+    Args:
+        pixels: `(h, w)` HU.
+        shift: pixels down and across, at least 0.
+        shape: `(H, W)` of the result; it has room for the slice.
+    """
+    for axis, (by, length) in enumerate(zip(shift, shape, strict=True)):
+        whole = int(by)
+        part = np.float32(by - whole)
+        pad = [(0, 0), (0, 0)]
+        pad[axis] = (whole, length - whole - pixels.shape[axis])
+        pixels = np.pad(pixels, pad, constant_values=AIR)
+        if part:
+            pixels = pixels * (1 - part) + np.roll(pixels, 1, axis) * part
+    return pixels
 
 
 def normal_of(frame: Frame) -> Array:
@@ -93,30 +132,51 @@ def _check_spacing(gap: float) -> None:
         )
 
 
-def _check_shift(frames: Sequence[Frame], normal: Array, gap: float) -> None:
-    """Slices must be stacked along their normal: anything else is a tilted gantry or a shift."""
+def _drift(frames: Sequence[Frame], normal: Array, gap: float) -> Array | None:
+    """How far slices shift sideways against their normal, of one millimetre along it.
+
+    Returns:
+        `(3,)`; None where they are stacked along their normal.
+
+    Raises:
+        SeriesError: some are shifted, but not as those of a tilted gantry.
+    """
     offsets = np.array([frame.position for frame in frames])
     offsets -= offsets[0]
     depth = offsets @ normal
-    sideways = np.linalg.norm(offsets - depth[:, None] * normal, axis=1)
+    sideways = offsets - depth[:, None] * normal
+    far = np.linalg.norm(sideways, axis=1)
     # Directions are written with few digits, which tells over a long series.
-    bad = np.flatnonzero(sideways > tolerance(gap) + 1e-3 * depth)
+    bad = np.flatnonzero(far > tolerance(gap) + 1e-3 * depth)
     if not len(bad):
-        return
-    angle = math.degrees(math.atan2(sideways[-1], depth[-1]))
-    steady = np.allclose(
-        sideways, depth * sideways[-1] / depth[-1], atol=tolerance(gap) + 0.01 * gap
-    )
-    if steady:
-        raise SeriesError(
-            f"the gantry was tilted: slices shift sideways by {angle:.1f} degrees against their "
-            "normal, expected 0: correct the tilt when exporting the series"
-        )
+        return None
+    slope = sideways[-1] / depth[-1]
+    off_line = np.linalg.norm(sideways - depth[:, None] * slope, axis=1)
+    angle = math.degrees(math.atan(float(np.linalg.norm(slope))))
+    if off_line.max() <= tolerance(gap) + 0.01 * gap and angle <= MAX_TILT:
+        return np.asarray(slope)
     first = int(bad[0])
     raise SeriesError(
-        f"{frames[first].name}: slice shifted sideways by {sideways[first]:.2f} mm at index "
+        f"{frames[first].name}: slice shifted sideways by {far[first]:.2f} mm at index "
         f"{first}, expected at most {tolerance(gap):.2f} mm: take out the slices of another scan"
     )
+
+
+def _shear(
+    slope: Array, depth: Array, sides: tuple[int, int], axes: tuple[Array, Array]
+) -> tuple[tuple[tuple[float, float], ...], tuple[int, int]]:
+    """How slices are moved to undo a tilt, and the size that holds them all.
+
+    Args:
+        slope: as `_drift` gives it.
+        depth: millimetres of each slice along the normal, from the first.
+        sides: height and width of a slice, canonical.
+        axes: millimetre vector of a pixel down, of a pixel across.
+    """
+    down, across = (depth * (slope @ axis) / (axis @ axis) for axis in axes)
+    down, across = down - down.min(), across - across.min()
+    size = sides[0] + math.ceil(down.max()), sides[1] + math.ceil(across.max())
+    return tuple(zip(down.tolist(), across.tolist(), strict=True)), size
 
 
 def _uneven(depth: Array, gap: float) -> int | None:
@@ -200,16 +260,18 @@ def geometry_of(frames: Sequence[Frame], allow_resample: bool) -> tuple[Geometry
         The geometry and the warnings to report.
 
     Raises:
-        SeriesError: gaps differ or are out of range, the gantry was tilted, or the series is not
+        SeriesError: gaps differ or are out of range, slices are shifted, or the series is not
             axial.
     """
     first = frames[0]
     normal = headward_normal(first)
     depth = along(frames, normal)
+    depth = depth - depth[0]
+    slope = None
     if len(frames) > 1:
         median = float(np.median(np.diff(depth)))
         _check_spacing(median)
-        _check_shift(frames, normal, median)
+        slope = _drift(frames, normal, median)
         gap, at, warnings = _grid(frames, depth, allow_resample)
     else:
         gap, at, warnings = _single(first)
@@ -220,6 +282,14 @@ def geometry_of(frames: Sequence[Frame], allow_resample: bool) -> tuple[Geometry
     origin = np.array(first.position)
     # A flipped axis starts at what was its far end.
     origin -= y * (dy * (height - 1) * flip[0]) + x * (dx * (width - 1) * flip[1])
+    shifts: tuple[tuple[float, float], ...] = ()
+    if slope is not None:
+        shifts, (height, width) = _shear(slope, depth, (height, width), (y * dy, x * dx))
+        _check_size(len(at), height, width)
+        # The first slice need not lie at the corner any more.
+        origin -= y * (dy * shifts[0][0]) + x * (dx * shifts[0][1])
+        angle = math.degrees(math.atan(float(np.linalg.norm(slope))))
+        warnings = [*warnings, f"the gantry was tilted by {angle:.1f} degrees: corrected by shear"]
     grid = Geometry(
         shape=(len(at), height, width),
         spacing_mm=(gap, dy, dx),
@@ -228,5 +298,14 @@ def geometry_of(frames: Sequence[Frame], allow_resample: bool) -> tuple[Geometry
         swap=swap,
         flip=flip,
         at=at,
+        shifts=shifts,
     )
     return grid, tuple(warnings)
+
+
+def _check_size(depth: int, height: int, width: int) -> None:
+    if depth * height * width > MAX_VOXELS:
+        raise SeriesError(
+            f"the series has {depth * height * width} voxels once its tilt is undone, expected at "
+            f"most {MAX_VOXELS}: crop it"
+        )

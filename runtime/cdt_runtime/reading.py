@@ -38,11 +38,6 @@ Float = NDArray[np.float32]
 Pixels = NDArray[Any]
 
 
-def start_reading() -> None:
-    """Start the decoding process ahead of its first use, and don't wait for it."""
-    SANDBOX.start()
-
-
 def read_tile(
     path: str | os.PathLike[str],
     *,

@@ -116,6 +116,41 @@ def test_resampling_uses_true_positions(tmp_path: Path) -> None:
     np.testing.assert_array_equal(volume.hu, expected)
 
 
+@pytest.mark.parametrize("degrees", [15, -20])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_tilted_gantry_is_straightened(degrees: float, axis: int, tmp_path: Path) -> None:
+    """What is a straight column in the room is one in the volume, to the last slice."""
+    drift = GAP * np.tan(np.radians(degrees))
+    spacing = (0.75, 0.5)[1 - axis]  # of rows and columns; axis 1 is down
+    inside = np.arange(COLUMNS if axis == 0 else ROWS) * spacing
+
+    def tilted(ds: Any, index: int) -> None:
+        position = [-10.0, -20.0, 100 + GAP * index]
+        position[axis] += drift * index
+        ds.ImagePositionPatient = position
+        room = position[axis] + inside
+        cells = np.tile(room, (ROWS, 1)) if axis == 0 else np.tile(room[:, None], (1, COLUMNS))
+        set_pixels(ds, np.rint(100 * cells).astype(np.int16))
+        ds.RescaleSlope = 0.1
+
+    write_series(tmp_path, change=tilted)
+    volume = read_series(tmp_path)
+    assert volume.warnings == (
+        f"the gantry was tilted by {abs(degrees):.1f} degrees: corrected by shear",
+    )
+    side = 2 - axis
+    places = volume.origin_mm[axis] + np.arange(volume.hu.shape[side]) * spacing
+    start = (-10.0, -20.0)[axis]
+    for index, hu in enumerate(volume.hu):
+        first = start + drift * index
+        columns = np.moveaxis(hu, side - 1, 0)
+        for place, cells in zip(places, columns, strict=True):
+            if first - 1e-6 <= place <= first + inside[-1] + 1e-6:
+                assert np.abs(cells - 10 * place).max() < 0.1
+            elif place < first - spacing or place > first + inside[-1] + spacing:
+                assert (cells == -1024).all()
+
+
 def test_single_slice_takes_its_thickness(tmp_path: Path) -> None:
     write_series(tmp_path, 1)
     volume = read_series(tmp_path, min_slices=1)

@@ -62,6 +62,8 @@ def load_checkpoint(path: Path, needed: Iterable[str]) -> dict[str, Any]:
     if absent:
         raise CheckpointError(f"{path}: not a cdt-train checkpoint: lacks {', '.join(absent)}")
     said = content.pop(_HASH, None)
+    if said is None:
+        raise CheckpointError(f"{path}: carries no hash: an earlier version wrote it: train again")
     if said != content_sha256(content):
         raise CheckpointError(
             f"{path}: its content does not fit its hash: it was damaged, or changed after it was "

@@ -85,6 +85,7 @@ class Worker:
         descriptor, self._board = wire.make_room(place.SIZE)
         self._lock = threading.Lock()
         self._talks: set[Talk] = set()
+        self._idle: list[Talk] = []
         self._how: str | None = None
         try:
             # -S: the packages lie where this process found them, so nothing need be looked for.
@@ -116,25 +117,38 @@ class Worker:
         return self._how is not None or self._process.poll() is not None
 
     def talk(self) -> Talk:
-        """Begin a conversation.
+        """Begin a conversation, or take up one that is idle.
 
         Raises:
             Ended: the process has ended.
         """
-        ours, theirs = socket.socketpair()
-        talk = Talk(self, ours)
         with self._lock:
+            talk = self._idle.pop() if self._idle else self._new_talk()
+            talk.begin(beside=bool(self._talks))
             for other in self._talks:
-                other.shared = talk.shared = True
+                other.shared = True
             self._talks.add(talk)
-            try:
-                with theirs:
-                    wire.send(self._control, {}, theirs.fileno())
-            except wire.Closed:
-                ours.close()
-                self._talks.discard(talk)
-                raise Ended(self.kill(), [], True) from None
         return talk
+
+    def _new_talk(self) -> Talk:
+        ours, theirs = socket.socketpair()
+        descriptor, room = wire.make_room(wire.OWN_ROOM)
+        try:
+            with theirs:
+                wire.send(self._control, {}, theirs.fileno())
+            wire.send(ours, {}, descriptor)
+        except wire.Closed:
+            ours.close()
+            raise Ended(self.kill(), [], True) from None
+        finally:
+            os.close(descriptor)
+        return Talk(self, ours, room)
+
+    def keep(self, talk: Talk) -> None:
+        """Take a conversation back that has come to an answer."""
+        with self._lock:
+            self._talks.discard(talk)
+            self._idle.append(talk)
 
     def forget(self, talk: Talk) -> None:
         """Count a conversation no more."""
@@ -165,6 +179,10 @@ class Worker:
     def close(self) -> None:
         """End it and let go of all that it needed."""
         self._control.close()
+        with self._lock:
+            idle, self._idle = self._idle, []
+        for talk in idle:
+            talk.close()
         try:
             self._process.wait(END_S)
         except subprocess.TimeoutExpired:
@@ -178,9 +196,17 @@ class Talk:
         shared: whether others ran at any time beside it.
     """
 
-    def __init__(self, worker: Worker, line: socket.socket) -> None:
-        self._worker, self._line, self.shared = worker, line, False
-        self._begun = False
+    def __init__(self, worker: Worker, line: socket.socket, room: mmap.mmap) -> None:
+        self._worker, self._line, self._room = worker, line, room
+        self.begin(beside=False)
+
+    def begin(self, *, beside: bool) -> None:
+        """Make it ready for a question.
+
+        Args:
+            beside: whether others run at this time.
+        """
+        self.shared, self._begun = beside, False
         self._line.settimeout(START_S)
 
     def ask(self, job: str, **of: Any) -> None:
@@ -216,7 +242,9 @@ class Talk:
                 elif "room" in message:
                     room = self._make_room(message["room"])
                 elif "value" in message:
-                    return message["value"], wire.take(message["arrays"], room)
+                    arrays = wire.take(message["arrays"], room or self._room)
+                    # What others use next must not lie in it any more.
+                    return message["value"], arrays if room else [one.copy() for one in arrays]
                 else:
                     raise self._failure(message)
         except wire.Closed:
@@ -368,9 +396,15 @@ def _once(worker: Worker, job: str, of: dict[str, Any]) -> tuple[Any, list[wire.
     talk = worker.talk()
     try:
         talk.ask(job, **of)
-        return talk.hear()
-    finally:
+        answer = talk.hear()
+    except CdtError:
+        worker.keep(talk)
+        raise
+    except BaseException:
         talk.close()
+        raise
+    worker.keep(talk)
+    return answer
 
 
 def _as_error(subject: Subject, end: Ended) -> InputError:

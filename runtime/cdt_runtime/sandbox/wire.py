@@ -13,17 +13,21 @@ import os
 import socket
 import struct
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
+if TYPE_CHECKING:  # numpy is imported where it is needed: a start need not wait for it
+    from numpy.typing import NDArray
 
-Array = NDArray[Any]
+    Array = NDArray[Any]
+
 Message = dict[str, Any]
 
 _HEAD = struct.Struct("<II")
 _ALIGNED = 64
 _MOST_JSON = 64 << 20
+OWN_ROOM = 8 << 20
+"""Bytes of shared memory that every conversation has; what is larger gets its own."""
+
 DTYPES = ("uint8", "uint16", "int16", "uint32", "float32", "bool")
 
 
@@ -93,10 +97,18 @@ def room_for(arrays: Sequence[Array]) -> int:
     return sum(-(-array.nbytes // _ALIGNED) * _ALIGNED for array in arrays)
 
 
-def put(arrays: Sequence[Array], descriptor: int) -> list[Message]:
-    """Copy arrays into shared memory, and tell where each lies; the descriptor is closed."""
-    with os.fdopen(descriptor, "r+b", buffering=0) as file:
-        room = mmap.mmap(file.fileno(), room_for(arrays))
+def map_room(descriptor: int, size: int) -> mmap.mmap:
+    """Open shared memory that the other process made; the descriptor is closed."""
+    try:
+        return mmap.mmap(descriptor, size)
+    finally:
+        os.close(descriptor)
+
+
+def put(arrays: Sequence[Array], room: mmap.mmap) -> list[Message]:
+    """Copy arrays into shared memory, and tell where each lies."""
+    import numpy as np
+
     places, at = [], 0
     for array in arrays:
         if array.nbytes:
@@ -131,6 +143,8 @@ def take(places: Sequence[Message], room: mmap.mmap | None) -> list[Array]:
     Raises:
         Closed: they are said to lie outside it, or are of another kind than any that is sent.
     """
+    import numpy as np
+
     found: list[Array] = []
     for place in places:
         dtype, shape, at = place["dtype"], tuple(place["shape"]), place["at"]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import socket
 import sys
 import threading
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
+from importlib import import_module
 from pathlib import PurePath
 from typing import Any
 
@@ -15,17 +18,21 @@ from cdt_runtime.errors import CdtError
 from cdt_runtime.sandbox import place, wire
 from cdt_runtime.sandbox.limits import Limits
 
+_AHEAD = ("numpy", "cdt_runtime.sandbox.jobs", "cdt_runtime.ct", "cdt_runtime.tiff")
+"""What most jobs need."""
+
 
 class Talk:
     """One conversation, seen from the decoding process.
 
     Args:
         line: the socket; closed by the caller.
+        room: memory for small answers.
         limits: of the process.
     """
 
-    def __init__(self, line: socket.socket, limits: Limits) -> None:
-        self._line, self.limits = line, limits
+    def __init__(self, line: socket.socket, room: mmap.mmap, limits: Limits) -> None:
+        self._line, self._room, self.limits = line, room, limits
 
     def expect(self, seconds: float) -> None:
         """Tell how much processor time the answer may take."""
@@ -33,18 +40,11 @@ class Talk:
 
     def say(self, value: Any, arrays: Sequence[wire.Array] = ()) -> None:
         """Answer."""
-        message = {"value": value, "arrays": []}
-        if room := wire.room_for(arrays):
-            wire.send(self._line, {"room": room})
-            _, descriptor = wire.receive(self._line)
-            if descriptor is None:
-                raise wire.Closed
-            message["arrays"] = wire.put(arrays, descriptor)
-        else:
-            message["arrays"] = [
-                {"dtype": one.dtype.name, "shape": one.shape, "at": 0} for one in arrays
-            ]
-        wire.send(self._line, message)
+        room, size = self._room, wire.room_for(arrays)
+        if size > wire.OWN_ROOM:
+            wire.send(self._line, {"room": size})
+            room = _room(self._line, size)
+        wire.send(self._line, {"value": value, "arrays": wire.put(arrays, room)})
 
     def hear(self) -> wire.Message:
         """Wait for what is asked next."""
@@ -70,21 +70,28 @@ def _where(error: BaseException) -> str:
     return f"{type(error).__name__}{place_of}"
 
 
-def _serve(line: socket.socket, limits: Limits) -> None:
-    talk = Talk(line, limits)
-    with line:
-        try:
-            from cdt_runtime.sandbox.jobs import JOBS
+def _room(line: socket.socket, size: int) -> mmap.mmap:
+    """Wait for memory."""
+    _, descriptor = wire.receive(line)
+    if descriptor is None:
+        raise wire.Closed
+    return wire.map_room(descriptor, size)
 
+
+def _serve(line: socket.socket, limits: Limits) -> None:
+    """Answer one thing after another until the caller closes."""
+    from cdt_runtime.sandbox.jobs import JOBS
+
+    with line, suppress(wire.Closed, OSError):
+        talk = Talk(line, _room(line, wire.OWN_ROOM), limits)
+        while True:
             request = talk.hear()
-            JOBS[request["job"]](talk, **request["of"])
-        except wire.Closed:
-            return
-        except BaseException as error:  # a decoder in Rust panics past Exception
             try:
+                JOBS[request["job"]](talk, **request["of"])
+            except wire.Closed:
+                raise
+            except BaseException as error:  # a decoder in Rust panics past Exception
                 talk.fail(error)
-            except (wire.Closed, OSError):
-                return
 
 
 def main(control: int, board: int) -> None:
@@ -98,7 +105,9 @@ def main(control: int, board: int) -> None:
     place.open_board(board)
     os.close(board)
     line = socket.socket(fileno=control)
-    import numpy  # noqa: F401  before the limits: its libraries count for nothing then
+    # While nobody waits yet, and before the limits: what libraries take counts for nothing.
+    for name in _AHEAD:
+        import_module(name)
 
     limits = Limits()
     while True:
