@@ -12,13 +12,14 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from cdt_runtime import __version__
+from cdt_runtime.bundle import Bundle
 from cdt_runtime.classifier import FewShotClassifier
 from cdt_runtime.errors import InputError
 from cdt_runtime.prediction import Context, Prediction
@@ -141,6 +142,28 @@ def of_slide(
     counts = {name: summary[name] for name in ("tiles", "labels", "abstained", "reasons")}
     unread = {"unreadable": summary["unreadable"], "warnings": len(summary["warnings"])}
     return {**_by(classifier, context), "input": digest, **counts, **unread}
+
+
+def of_change(
+    what: str, before: Bundle, after: Bundle, inputs: Sequence[str] = ()
+) -> dict[str, Any]:
+    """What the log says of a change of a bundle by `cdt-enroll`.
+
+    Args:
+        what: "enroll", "remove", "adapt" or "undo"; class names do not go in.
+        before: the bundle as it was.
+        after: as it is.
+        inputs: hash of each tile that was added.
+    """
+    return {
+        "tool": f"cdt-enroll {__version__}",
+        "change": what,
+        "bundle": before.manifest_sha256,
+        "prototypes": before.manifest["files"][TENSORS]["sha256"],
+        "bundle_after": after.manifest_sha256,
+        "prototypes_after": after.manifest["files"][TENSORS]["sha256"],
+        "inputs": list(inputs),
+    }
 
 
 def of_failure(

@@ -179,6 +179,12 @@ def _review(classifier: FewShotClassifier, support: Prototypes) -> Review:
     return review(embedded, support.tokens, *facts)
 
 
+def new_tiles(change: Change) -> tuple[str, ...]:
+    """Return the hash of each tile that a change brings in."""
+    known = set(change.before.support_sha256)
+    return tuple(one for one in change.after.support_sha256 if one not in known)
+
+
 def write_change(bundle: Bundle, change: Change, sign: Sign | None = None) -> Bundle:
     """Write a change as the bundle's newest version, signed anew or no more.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -58,6 +59,7 @@ def enroll() -> NoReturn:
 @click.option("--bundle", metavar="DIR", help="Bundle folder.  [default: the newest in ./engines]")
 @click.option("--dry-run", is_flag=True, help="Tell what would change, and change nothing.")
 @click.option("--sign", metavar="KEY", help="Sign the changed bundle with this private key.")
+@click.option("--audit", metavar="FILE", help="Also a line in an append-only log.")
 @click.option("--channels", metavar="A,B,...", help="Channel names of tiles that carry none.")
 @click.option("--mpp", type=click.FloatRange(min=0, min_open=True), help="Microns a pixel.")
 @click.option("--backend", default="auto", show_default=True, help="As of cdt-infer.")
@@ -75,6 +77,7 @@ def enroll_command(
     bundle: str | None,
     dry_run: bool,
     sign: str | None,
+    audit: str | None,
     channels: str | None,
     mpp: float | None,
     backend: str,
@@ -89,15 +92,25 @@ def enroll_command(
             "give one of --class NAME TILE ..., --from PATH, --remove NAME, --adapt TILES_DIR, "
             "--list and --undo"
         )
-    seal = _signer(sign)
+    seal, log = _signer(sign), _audit_log(audit)
     opened = Bundle.open(bundle or newest_bundle(Path("engines")))
     if opened.signed and not (seal or show or dry_run):
         click.echo("note: the bundle's signature ends with this change: --sign gives one", err=True)
     if show or back:
-        _show(_undone(opened, dry_run, seal) if back else opened, as_json)
+        shown = _undone(opened, dry_run, seal) if back else opened
+        if back and log:
+            log("undo", opened, shown)
+        _show(shown, as_json)
         return
     from cdt_runtime.classifier import FewShotClassifier
-    from cdt_runtime.enroll import adapting, adding, listed_tiles, removing, write_change
+    from cdt_runtime.enroll import (
+        adapting,
+        adding,
+        listed_tiles,
+        new_tiles,
+        removing,
+        write_change,
+    )
     from cdt_runtime.tile_folder import tiles_under
 
     classifier = FewShotClassifier(opened, backend=backend)
@@ -116,6 +129,9 @@ def enroll_command(
             listed = [(path, name or "") for path in paths]
         change = adding(classifier, listed, ct, channels=names, mpp=mpp)
     changed = opened if dry_run else write_change(opened, change, seal)
+    if log and not dry_run:
+        what = "remove" if remove else "adapt" if adapt else "enroll"
+        log(what, opened, changed, new_tiles(change))
     facts = _facts(change, changed, dry_run)
     if drift:
         facts["drift"] = asdict(drift)
@@ -135,6 +151,16 @@ def _signer(path: str | None) -> Sign | None:
     from cdt_runtime.signing import signer
 
     return signer(Path(path))
+
+
+def _audit_log(path: str | None) -> Callable[..., None] | None:
+    """What writes a change into the log; a log that can't be written is said before the work."""
+    if path is None:
+        return None
+    from cdt_runtime.audit import AuditLog, of_change
+
+    log = AuditLog(Path(path))
+    return lambda *change: log.append(of_change(*change))
 
 
 def _undone(bundle: Bundle, dry_run: bool, sign: Sign | None) -> Bundle:

@@ -160,6 +160,20 @@ def test_regions_in_any_order_are_right(tmp_path: Path, boxes: list[tuple[int, .
             regions.forget_above(top)
 
 
+def test_channels_in_strips_are_a_slide_too(tmp_path: Path) -> None:
+    pixels = markers(120, 90)
+    path = tmp_path / "s.ome.tif"
+    tifffile.imwrite(
+        path,
+        pixels.transpose(2, 0, 1),
+        photometric="minisblack",
+        metadata={"axes": "CYX", "Channel": {"Name": list(MARKERS)}},
+    )
+    with open_pyramid(path) as pyramid, Regions(pyramid.levels[0], glass=0) as regions:
+        assert pyramid.channels == MARKERS
+        assert np.array_equal(regions.read(Box(5, 7, 60, 50)), pixels[5:65, 7:57])
+
+
 def test_what_the_scanner_left_out_is_glass(tmp_path: Path) -> None:
     path = write_svs(tmp_path / "s.svs", smooth_rgb(128, 128), 0.5, levels=1)
     data = bytearray(path.read_bytes())

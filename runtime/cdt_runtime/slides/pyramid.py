@@ -114,12 +114,17 @@ def _parse(name: str, ifds: list[Ifd], given: Sequence[str] | None) -> Pyramid:
 
 
 def _images(ifds: Sequence[Ifd]) -> list[Page]:
-    """The pages in tiles; of a file without any, the first alone.
+    """The pages in tiles; of a file without any, those of the first one's size.
 
     Thumbnails, labels and photographs of the whole slide are stored in strips.
     """
-    tiled = [ifd for ifd in ifds if 322 in ifd] or [ifds[0]]
+    alike = [ifd for ifd in ifds if _size(ifd) == _size(ifds[0])]
+    tiled = [ifd for ifd in ifds if 322 in ifd] or alike
     return [parse_page(ifd, slide=True) for ifd in tiled]
+
+
+def _size(ifd: Ifd) -> tuple[int | None, ...]:
+    return tuple(ifd.one(tag, 0) for tag in (256, 257))
 
 
 def _levels(finest: tuple[Page, ...], pages: Sequence[Page]) -> tuple[Level, ...]:
