@@ -26,6 +26,7 @@ _OPTIONAL = frozenset(
         "tensorboard",
         "onnx",
         "onnxscript",
+        "cyclonedx",
     }
 )
 """Modules that an extra brings; all others belong to the base."""

@@ -25,6 +25,8 @@ Examples:
   cdt-doctor --build engines/NAME   build TensorRT's plans here first: minutes
   cdt-doctor drift SITE_TILES       does a site look like the training tiles?
   cdt-doctor audit LOG              is a log of cdt-infer --audit as it was?
+  cdt-doctor sbom > sbom.json       what it is made of, for a scanner (CycloneDX)
+  cdt-doctor sbom --licences        the same as a table with licences
 
 \b
 BUNDLE is a folder that cdt-export wrote.  [default: the newest in ./engines]
@@ -36,9 +38,9 @@ Research use only: not a medical device.
 
 def doctor() -> NoReturn:
     """Entry point of `cdt-doctor`."""
-    others = {"drift": drift_command, "audit": audit_command}
+    others = {"drift": drift_command, "audit": audit_command, "sbom": sbom_command}
     if sys.argv[1:] and sys.argv[1] in others:
-        run(others[sys.argv[1]], sys.argv[2:])
+        run(others[sys.argv[1]], sys.argv[2:], extra="sbom")
     run(doctor_command)
 
 
@@ -118,6 +120,20 @@ def audit_command(log: str, as_json: bool) -> None:
         click.echo(json.dumps({"entries": state.entries, "last": state.last}))
     else:
         click.echo(f"{state.entries} entries, each follows from those before; last {state.last}")
+
+
+@click.command("cdt-doctor sbom", context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--licences", is_flag=True, help="A table of versions and licences in its place.")
+def sbom_command(licences: bool) -> None:
+    """List what the runtime is made of here, as CycloneDX JSON.
+
+    Distributions with all that they need, and the codecs that are compiled into
+    imagecodecs. Scanners of known vulnerabilities take it as it is.
+    """
+    from cdt_runtime.sbom import as_cyclonedx, as_table, installed_parts
+
+    parts = installed_parts()
+    click.echo(as_table(parts) if licences else as_cyclonedx(parts))
 
 
 def _opened(path: str | None) -> Bundle | None:
