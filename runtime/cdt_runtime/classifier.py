@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +38,9 @@ from cdt_runtime.reference import REFERENCE, Reference
 from cdt_runtime.tile import Tile
 from cdt_runtime.tile_input import TileLike, prepare
 from cdt_runtime.volume import Volume
+
+if TYPE_CHECKING:
+    from cdt_runtime.tiff_meta import Z
 
 Float = NDArray[np.float32]
 CtLike = str | os.PathLike[str] | Volume | None
@@ -146,7 +149,7 @@ class FewShotClassifier:
             ct: the patient's CT: a series folder, a `Volume`, a prepared context, or None. Where
                 `prototypes.ct_off` says so, the answer does not rest on it, and `ct_change` says
                 what it would have changed.
-            **reading: `channels`, `mpp` and `fill_missing`, as `read` takes them.
+            **reading: `channels`, `mpp`, `z` and `fill_missing`, as `read` takes them.
 
         Returns:
             One prediction a tile, in order.
@@ -344,6 +347,7 @@ class FewShotClassifier:
         *,
         channels: Sequence[str] | None = None,
         mpp: float | None = None,
+        z: Z = None,
         fill_missing: bool = False,
     ) -> TileInput:
         """Read one tile and bring it to the tile input; see `tile_input.prepare`."""
@@ -352,6 +356,7 @@ class FewShotClassifier:
             self.preprocess,
             channels=channels,
             mpp=mpp,
+            z=z,
             fill_missing=fill_missing,
             encoders=self.encoders,
             adaptation=self.prototypes.adaptation,

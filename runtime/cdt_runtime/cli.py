@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from cdt_runtime import __version__
-from cdt_runtime.console import one_line, run, say
+from cdt_runtime.console import PlaneChoice, one_line, run, say
 from cdt_runtime.errors import InputError
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from cdt_runtime.backends import Precision
     from cdt_runtime.classifier import FewShotClassifier
     from cdt_runtime.prediction import Context, Prediction, TileInput
+    from cdt_runtime.tiff_meta import Z
 
 EXAMPLES = """
 \b
@@ -88,6 +89,12 @@ def infer() -> NoReturn:
     help="Microns a pixel: of the tile files; with --slide those to look at it with.  [default: "
     "what the file says; with --slide what the model was trained at]",
 )
+@click.option(
+    "--z",
+    type=PlaneChoice(),
+    metavar="N|max",
+    help="Which plane of an OME-TIFF's stack, counted from 1, or max: of all.",
+)
 @click.option("--slide", "as_slide", is_flag=True, help="Cut the one TILE, a whole slide, up.")
 @click.option("--out", metavar="DIR", help="Folder for a slide's results.  [default: ./NAME.cdt]")
 @click.version_option(__version__, prog_name="cdt-infer")
@@ -109,6 +116,7 @@ def infer_command(
     channels: str | None,
     fill_missing: bool,
     mpp: float | None,
+    z: Z,
     as_slide: bool,
     out: str | None,
 ) -> None:
@@ -133,6 +141,8 @@ def infer_command(
     )
     _refuse_slide_options(as_slide, tiles, out)
     _refuse_combined(coverage, {"--slide": as_slide, "--tta": tta, "--transductive": transductive})
+    if z is not None and as_slide:
+        raise InputError("--z is for tiles: not with --slide")
     if transductive and (as_slide or card):
         raise InputError("--transductive is for tiles alone: leave --slide and --card out")
     log = _audit_log(audit)
@@ -153,9 +163,10 @@ def infer_command(
     names = [name.strip() for name in channels.split(",")] if channels else None
     if coverage and (note := classifier.certificate(_counted(classifier, context)).note):
         click.echo(f"note: {note}", err=True)
-    reading = {"channels": names, "fill_missing": fill_missing, "mpp": mpp}
+    reading: dict[str, Any] = {"channels": names, "fill_missing": fill_missing, "mpp": mpp}
     if as_slide:
         sys.exit(_slide(classifier, Path(tiles[0]), context, out, reading, as_json, card, log))
+    reading["z"] = z
     found = _expanded(classifier, tiles, names)
     if card and len(found) != 1:
         raise InputError(f"--card with {len(found)} tiles: give one at a time")

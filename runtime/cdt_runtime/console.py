@@ -6,7 +6,7 @@ import errno
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import click
 
@@ -30,6 +30,22 @@ _OPTIONAL = frozenset(
     }
 )
 """Modules that an extra brings; all others belong to the base."""
+
+
+class PlaneChoice(click.ParamType[int | str]):
+    """A plane of a stack: a number from 1 on, or `max`."""
+
+    name = "N|max"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int | str:
+        """Return the number, or "max"."""
+        if value == "max" or (isinstance(value, int) and value > 0):
+            return value  # type: ignore[no-any-return]
+        if not (isinstance(value, str) and value.isdecimal() and int(value) > 0):
+            self.fail(f"{value!r}: expected a number from 1 on, or max", param, ctx)
+        return int(value)
 
 
 def run(

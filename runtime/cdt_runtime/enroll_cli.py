@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from cdt_runtime import __version__
-from cdt_runtime.console import run
+from cdt_runtime.console import PlaneChoice, run
 from cdt_runtime.errors import InputError
 
 if TYPE_CHECKING:
     from cdt_runtime.bundle import Bundle
     from cdt_runtime.enroll import Change
     from cdt_runtime.signing import Sign
+    from cdt_runtime.tiff_meta import Z
 
 EXAMPLES = """
 \b
@@ -62,6 +63,7 @@ def enroll() -> NoReturn:
 @click.option("--audit", metavar="FILE", help="Also a line in an append-only log.")
 @click.option("--channels", metavar="A,B,...", help="Channel names of tiles that carry none.")
 @click.option("--mpp", type=click.FloatRange(min=0, min_open=True), help="Microns a pixel.")
+@click.option("--z", type=PlaneChoice(), metavar="N|max", help="As of cdt-infer.")
 @click.option("--backend", default="auto", show_default=True, help="As of cdt-infer.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 @click.version_option(__version__, prog_name="cdt-enroll")
@@ -80,6 +82,7 @@ def enroll_command(
     audit: str | None,
     channels: str | None,
     mpp: float | None,
+    z: Z,
     backend: str,
     as_json: bool,
 ) -> None:
@@ -127,7 +130,7 @@ def enroll_command(
         else:
             paths = [path for tile in tiles for path in tiles_under(tile, expected, names)]
             listed = [(path, name or "") for path in paths]
-        change = adding(classifier, listed, ct, channels=names, mpp=mpp)
+        change = adding(classifier, listed, ct, channels=names, mpp=mpp, z=z)
     changed = opened if dry_run else write_change(opened, change, seal)
     if log and not dry_run:
         what = "remove" if remove else "adapt" if adapt else "enroll"

@@ -30,6 +30,7 @@ from cdt_runtime.volume import Volume
 
 if TYPE_CHECKING:
     from cdt_runtime.slides.tissue import Small
+    from cdt_runtime.tiff_meta import Z
 
 COARSER = 1.1
 """A level of a slide may be coarser than what is asked for by this factor."""
@@ -43,6 +44,7 @@ def read_tile(
     *,
     channels: Sequence[str] | None = None,
     mpp: float | None = None,
+    z: Z = None,
 ) -> Tile:
     """Read one tile.
 
@@ -50,6 +52,7 @@ def read_tile(
         path: A TIFF, PNG or JPEG file, or a folder with one single-channel image a marker.
         channels: The names of the channels of a file that has none, in the file's order.
         mpp: Microns a pixel; goes before what the file says.
+        z: Which plane of an OME-TIFF's stack, counted from 1, or "max" for the maximum of all.
 
     Raises:
         TileError: The tile can't be used; the message names the file, the fault and the cure.
@@ -61,6 +64,7 @@ def read_tile(
         path=_absolute(path),
         channels=names,
         mpp=mpp,
+        z=z,
     )
     return Tile(
         pixels,

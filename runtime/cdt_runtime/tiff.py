@@ -12,7 +12,7 @@ from cdt_runtime.markers import is_placeholder
 from cdt_runtime.printable import printable
 from cdt_runtime.raster import Raster, drop_alpha, plausible_mpp, turn
 from cdt_runtime.tiff_ifd import Ifd, scan
-from cdt_runtime.tiff_meta import Layout, layout
+from cdt_runtime.tiff_meta import Layout, Z, layout
 from cdt_runtime.tiff_page import IMAGE_CODECS, Page, check_samples, parse_page, read_page
 from cdt_runtime.tile_limits import check_bytes
 
@@ -41,19 +41,20 @@ class _Samples:
     warnings: tuple[str, ...] = ()
 
 
-def read_tiff(file: BinaryIO, wanted: int = 0) -> Raster:
+def read_tiff(file: BinaryIO, wanted: int = 0, z: Z = None) -> Raster:
     """Read the one image of a TIFF file.
 
     Args:
         file: An open, seekable binary file.
         wanted: How many channels the caller will name, 0 where the file must name them. A fourth
             sample that is one of them is no alpha.
+        z: Which plane of a stack, as `tiff_meta.layout` takes it.
 
     Raises:
         TileError: The file is damaged, too large, or holds something else than one tile.
     """
     pages = _image_pages(scan(file))
-    planes = layout(pages)
+    planes = layout(pages, z)
     for page in pages:
         check_samples(page)
         check_photometric(page)
@@ -69,7 +70,7 @@ def read_tiff(file: BinaryIO, wanted: int = 0) -> Raster:
         names=samples.names,
         bits=_claimed_bits(page, planes, samples),
         mpp=mpp,
-        warnings=samples.warnings + notes,
+        warnings=samples.warnings + planes.notes + notes,
         renamable=page.compression not in IMAGE_CODECS and page.photometric in (0, 1, 2),
     )
 
@@ -162,9 +163,13 @@ def _many_pages(pages: list[Page], planes: Layout, named: tuple[str, ...] | None
         raise TileError(
             f"holds {len(pages)} colour pages, expected one image: export the one that is meant"
         )
-    decoded = [_intensities(pages[at]) for at in planes.order]
-    pixels = np.concatenate([one.pixels for one in decoded], axis=2)
-    return _Samples(pixels, named, decoded[0].bits)
+    channels, bits = [], 0
+    for start in range(0, len(planes.order), planes.depth):
+        stack = [_intensities(pages[at]) for at in planes.order[start : start + planes.depth]]
+        channels.append(np.maximum.reduce([one.pixels for one in stack]))
+        bits = stack[0].bits
+    names = ("gray",) if named is None and planes.notes and len(channels) == 1 else named
+    return _Samples(np.concatenate(channels, axis=2), names, bits)
 
 
 def _intensities(page: Page) -> _Samples:

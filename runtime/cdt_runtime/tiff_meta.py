@@ -1,6 +1,7 @@
 """What the writers of TIFF files say about planes: OME-XML, ImageJ, tifffile, PerkinElmer, Aperio.
 
-Axes are the file's own. A stack in Z or T is refused by name; nothing is guessed from shapes.
+Axes are the file's own; nothing is guessed from shapes. A stack in T is refused by name, and so is
+one in Z, but for an OME-TIFF of which one plane or the maximum of all is asked for.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 from xml.etree import ElementTree
 
 from cdt_runtime.errors import TileError
@@ -27,30 +29,48 @@ _MICRONS = {
 }  # fmt: skip
 
 
+Z = int | Literal["max"] | None
+"""Which plane of a stack is taken, counted from 1, or the maximum of all; None: there is none."""
+
+
 @dataclass(frozen=True)
 class Layout:
     """What the metadata says of the planes (pages, or the samples of one page).
 
-    `order[i]` is the plane that holds channel `i`; `names` is None where the file has none;
-    `mpp` is microns a pixel along (x, y); `bits` is 0 where the file does not say.
+    `order[i * depth : (i + 1) * depth]` are the planes of channel `i`, of which the maximum is
+    taken; `names` is None where the file has none; `mpp` is microns a pixel along (x, y); `bits` is
+    0 where the file does not say.
     """
 
     order: tuple[int, ...]
     names: tuple[str, ...] | None = None
     mpp: tuple[float, float] | None = None
     bits: int = 0
+    depth: int = 1
+    notes: tuple[str, ...] = ()
 
 
-def layout(pages: Sequence[Page]) -> Layout:
+def layout(pages: Sequence[Page], z: Z = None) -> Layout:
     """The planes of `pages`, all of one kind.
+
+    Args:
+        pages: of one image.
+        z: which plane of a stack is taken, counted from 1, or "max" for the maximum of all.
 
     Raises:
         TileError: The planes are Z or T, belong to several images, or lie in other files.
     """
+    found = _layout(pages, z)
+    if not found.notes and isinstance(z, int) and z != 1:
+        raise TileError(f"--z {z}: it is no OME-TIFF with planes in Z: leave --z out")
+    return found
+
+
+def _layout(pages: Sequence[Page], z: Z) -> Layout:
     text = pages[0].ifd.text(270)
     planes = len(pages) if len(pages) > 1 else pages[0].samples
     if re.search(r"<(\w+:)?OME[\s>]", text[:20_000]):
-        return _ome(text, pages[0], planes)
+        return _ome(text, pages[0], planes, z)
     if text.startswith("ImageJ="):
         return _imagej(text[:MAX_TEXT], pages[0], planes)
     if text.startswith("{"):
@@ -65,7 +85,7 @@ def layout(pages: Sequence[Page]) -> Layout:
     return Layout(tuple(range(planes)))
 
 
-def _ome(text: str, page: Page, planes: int) -> Layout:
+def _ome(text: str, page: Page, planes: int, z: Z) -> Layout:
     root = _xml(text)
     images = _children(root, "Image")
     if len(images) != 1:
@@ -73,24 +93,38 @@ def _ome(text: str, page: Page, planes: int) -> Layout:
     pixels = next(iter(_children(images[0], "Pixels")), None)
     if pixels is None:
         raise TileError("is an OME-TIFF without a Pixels element: damaged; export it again")
-    _refuse_stack({axis: _whole(pixels, f"Size{axis}") for axis in "ZT"})
+    deep = _whole(pixels, "SizeZ")
+    _refuse_stack({"T": _whole(pixels, "SizeT"), "Z": deep if z is None or page.samples > 1 else 1})
+    if isinstance(z, int) and not 1 <= z <= deep:
+        raise TileError(f"--z {z}: it has {deep} planes in Z, counted from 1: give one of these")
     size = _whole(pixels, "SizeY"), _whole(pixels, "SizeX")
     if size != (page.height, page.width):
         raise TileError(f"OME-XML says {size} pixels (Y, X), the page {page.height, page.width}")
     channels = _whole(pixels, "SizeC")
-    if channels != planes:
+    if channels * deep != planes:
         raise TileError(
-            f"OME-XML names {channels} channels but {planes} are in the file: the others lie in "
-            "another file, which is never followed; export one file"
+            f"OME-XML names {channels * deep} {'planes' if deep > 1 else 'channels'} but {planes} "
+            "are in the file: the others lie in another file, which is never followed; export one "
+            "file"
         )
     names = [item.get("Name", "") for item in _children(pixels, "Channel")]
     unit = _MICRONS.get(pixels.get("PhysicalSizeXUnit", "µm").casefold(), 0.0)
-    return Layout(
-        _ome_order(pixels, planes) if page.samples == 1 else tuple(range(planes)),
-        names=tuple(names) if len(names) == planes else None,
+    found = Layout(
+        tuple(range(planes)) if page.samples > 1 else _ome_order(pixels, channels, deep),
+        names=tuple(names) if len(names) == channels else None,
         mpp=_pair(pixels.get("PhysicalSizeX", ""), pixels.get("PhysicalSizeY", ""), unit),
         bits=_whole(pixels, "SignificantBits", 0),
+        depth=deep,
     )
+    return found if deep == 1 else _at(found, z)
+
+
+def _at(found: Layout, z: Z) -> Layout:
+    """Take one plane of a stack, or the maximum of all."""
+    if isinstance(z, int):
+        order = found.order[z - 1 :: found.depth]
+        return replace(found, order=order, depth=1, notes=(f"plane {z} of {found.depth} in Z",))
+    return replace(found, notes=(f"the maximum of {found.depth} planes in Z",))
 
 
 def _xml(text: str, longest: int = MAX_XML) -> ElementTree.Element:
@@ -113,22 +147,31 @@ def _whole(node: ElementTree.Element, key: str, default: int = 1) -> int:
     return int(text)
 
 
-def _ome_order(pixels: ElementTree.Element, planes: int) -> tuple[int, ...]:
-    """The page of each channel, from the TiffData elements."""
+def _ome_order(pixels: ElementTree.Element, channels: int, deep: int) -> tuple[int, ...]:
+    """The page of each plane, channel by channel, from the TiffData elements."""
+    planes = channels * deep
     blocks = _children(pixels, "TiffData")
     files = {item.get("FileName") for block in blocks for item in _children(block, "UUID")}
     if len(files - {None}) > 1:
         raise TileError(f"is one of {len(files)} files of an OME set: export all channels in one")
     if len(blocks) > planes:
         raise TileError(f"OME-XML has {len(blocks)} TiffData blocks for {planes} planes: damaged")
+    axes = pixels.get("DimensionOrder", "XYCZT")
+    steps = (1, channels) if axes.find("C") < axes.find("Z") else (deep, 1)
     pages: dict[int, int] = {}
     for block in blocks or [ElementTree.Element("TiffData")]:
-        first, start = _whole(block, "IFD", 0), _whole(block, "FirstC", 0)
+        first = _whole(block, "IFD", 0)
+        start = _whole(block, "FirstC", 0) * steps[0] + _whole(block, "FirstZ", 0) * steps[1]
         count = _whole(block, "PlaneCount", planes - start if block.get("IFD") is None else 1)
         pages.update((start + step, first + step) for step in range(min(count, planes + 1)))
     if sorted(pages) != list(range(planes)) or sorted(pages.values()) != list(range(planes)):
-        raise TileError(f"OME-XML does not map its {planes} channels to {planes} pages: damaged")
-    return tuple(pages[channel] for channel in range(planes))
+        what = "planes" if deep > 1 else "channels"
+        raise TileError(f"OME-XML does not map its {planes} {what} to {planes} pages: damaged")
+    return tuple(
+        pages[channel * steps[0] + level * steps[1]]
+        for channel in range(channels)
+        for level in range(deep)
+    )
 
 
 def _imagej(text: str, page: Page, planes: int) -> Layout:
@@ -186,8 +229,8 @@ def _refuse_stack(sizes: dict[str, int]) -> None:
     if deep:
         found = ", ".join(f"{axis} = {size}" for axis, size in deep.items())
         raise TileError(
-            f"is a stack of planes ({found}), expected one plane a channel: export one plane or a "
-            "projection"
+            f"is a stack of planes ({found}), expected one plane a channel: --z takes one of an "
+            "OME-TIFF's, or their maximum; else export one"
         )
 
 

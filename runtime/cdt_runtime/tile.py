@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import os
 
     from cdt_runtime.raster import Raster
+    from cdt_runtime.tiff_meta import Z
 
 RGB = ("R", "G", "B")
 SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg")
@@ -60,6 +61,7 @@ def read_tile(
     *,
     channels: Sequence[str] | None = None,
     mpp: float | None = None,
+    z: Z = None,
 ) -> Tile:
     """Read one tile.
 
@@ -67,6 +69,7 @@ def read_tile(
         path: A TIFF, PNG or JPEG file, or a folder with one single-channel image a marker.
         channels: The names of the channels of a file that has none, in the file's order.
         mpp: Microns a pixel; goes before what the file says.
+        z: Which plane of an OME-TIFF's stack, counted from 1, or "max" for the maximum of all.
 
     Raises:
         TileError: The tile can't be used; the message names the file, the fault and the cure.
@@ -74,7 +77,7 @@ def read_tile(
     path = Path(path)
     name = last_part(path)
     try:
-        raster, sha256 = _read(path, len(channels or ()))
+        raster, sha256 = _read(path, len(channels or ()), z)
         raster = _named(raster, channels)
         raster = _scaled(raster, mpp)
     except TileError as error:
@@ -154,30 +157,32 @@ def _check_kinds(found: Sequence[str], expected: Sequence[str]) -> None:
         )
 
 
-def _read(path: Path, wanted: int) -> tuple[Raster, str]:
-    return _read_folder(path, wanted) if path.is_dir() else _read_file(path, wanted)
+def _read(path: Path, wanted: int, z: Z) -> tuple[Raster, str]:
+    return _read_folder(path, wanted, z) if path.is_dir() else _read_file(path, wanted, z)
 
 
-def _read_file(path: Path, wanted: int) -> tuple[Raster, str]:
-    """Decode one file by its magic bytes, never by its suffix; `wanted` as in `read_tiff`."""
+def _read_file(path: Path, wanted: int, z: Z) -> tuple[Raster, str]:
+    """Decode one file by its magic bytes, never by its suffix; arguments as of `read_tiff`."""
     if not path.exists():
         raise TileError("no such file or folder")
     if not path.is_file():
         raise TileError("is not a regular file; expected a TIFF, PNG or JPEG")
     with path.open("rb") as file:
-        raster = _decode(file, wanted)
+        raster = _decode(file, wanted, z)
         file.seek(0)
         return raster, hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _decode(file: BinaryIO, wanted: int) -> Raster:
+def _decode(file: BinaryIO, wanted: int, z: Z) -> Raster:
     magic = file.read(8)
     if not magic:
         raise TileError("is empty (0 bytes): fetch it again")
     if magic[:4] in _TIFF_MAGIC:
         from cdt_runtime.tiff import read_tiff
 
-        return read_tiff(file, wanted)
+        return read_tiff(file, wanted, z)
+    if isinstance(z, int) and z != 1:
+        raise TileError(f"--z {z}: it is no OME-TIFF with planes in Z: leave --z out")
     from cdt_runtime.photo import read_jpeg, read_png
 
     readers = {b"\x89PNG\r\n\x1a\n": read_png, b"\xff\xd8\xff": read_jpeg}
@@ -191,7 +196,7 @@ def _decode(file: BinaryIO, wanted: int) -> Raster:
     raise TileError("is not a TIFF, PNG or JPEG: save it as one")
 
 
-def _read_folder(folder: Path, wanted: int) -> tuple[Raster, str]:
+def _read_folder(folder: Path, wanted: int, z: Z) -> tuple[Raster, str]:
     """One image a marker, or one multi-channel image; everything else in the folder is skipped."""
     paths = images_in(folder)
     if not paths:
@@ -201,9 +206,9 @@ def _read_folder(folder: Path, wanted: int) -> tuple[Raster, str]:
     if len(paths) > MAX_MARKER_FILES:
         raise TileError(f"is a folder of {len(paths)} images, expected one a marker: name one tile")
     if len(paths) == 1:
-        return _read_member(paths[0], wanted)
+        return _read_member(paths[0], wanted, z)
     names = names_of_stems([path.name.split(".")[0] for path in paths])
-    members = [_read_member(path, 1) for path in paths]
+    members = [_read_member(path, 1, z) for path in paths]
     digest = hashlib.sha256("".join(sha for _, sha in members).encode()).hexdigest()
     files = [printable(path.name) for path in paths]
     return _stack([raster for raster, _ in members], names, files), digest
@@ -218,9 +223,9 @@ def _is_image(path: Path) -> bool:
     return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
 
 
-def _read_member(path: Path, wanted: int) -> tuple[Raster, str]:
+def _read_member(path: Path, wanted: int, z: Z) -> tuple[Raster, str]:
     try:
-        return _read_file(path, wanted)
+        return _read_file(path, wanted, z)
     except TileError as error:
         raise TileError(f"{last_part(path)}: {error}") from error
 

@@ -6,7 +6,7 @@ import hashlib
 import os
 from collections.abc import Sequence
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,9 @@ from cdt_runtime.preprocess import Preprocess
 from cdt_runtime.reading import read_tile
 from cdt_runtime.tile import Tile, match_channels
 from cdt_runtime.tile_statistics import tile_statistics
+
+if TYPE_CHECKING:
+    from cdt_runtime.tiff_meta import Z
 
 TileLike = str | os.PathLike[str] | Tile | NDArray[Any]
 """A path, a `Tile`, or an array `(H, W, M)` with the channels in the bundle's order."""
@@ -33,6 +36,7 @@ def prepare(
     *,
     channels: Sequence[str] | None = None,
     mpp: float | None = None,
+    z: Z = None,
     fill_missing: bool = False,
     encoders: Encoders | None = None,
     adaptation: Adaptation | None = None,
@@ -44,6 +48,7 @@ def prepare(
         preprocess: of the model.
         channels: names for the channels of a file that has none.
         mpp: microns a pixel, where the file does not say or is wrong.
+        z: which plane of a stack, as `read_tile` takes it.
         fill_missing: fill a channel that the file lacks with zeros.
         encoders: foundation encoders that look at it, too, as it is.
         adaptation: to the stain of training; a blank tile stays as it is.
@@ -59,7 +64,7 @@ def prepare(
     elif isinstance(tile, Tile):
         found = tile
     else:
-        found = read_tile(tile, channels=channels, mpp=mpp)
+        found = read_tile(tile, channels=channels, mpp=mpp, z=z)
     pixels, mapping, filled = match_channels(found, preprocess.channels, fill_missing=fill_missing)
     array = preprocess.tile(pixels, found.bits, name=found.source)
     blank = preprocess.is_blank(array)

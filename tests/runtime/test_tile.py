@@ -314,3 +314,56 @@ def test_damage_ends_in_an_error_or_a_whole_tile(
 def test_a_byte_typed_count_is_read(tmp_path: Path) -> None:
     tile = read(tmp_path, build(gray(1, 1, b"\x07", t277=(BYTE, [1])), order=">"))
     assert tile.pixels.tolist() == [[[7]]]
+
+
+def z_stack(axes: str) -> tuple[bytes, np.ndarray]:
+    """An OME-TIFF of 3 channels and 4 planes, and its samples `(C, Z, H, W)`."""
+    rng = np.random.default_rng(5)
+    pixels = rng.integers(0, 4096, (3, 4, 20, 30), dtype=np.uint16)
+    stored = pixels if axes == "CZYX" else pixels.swapaxes(0, 1)
+    names = {"Name": ["DAPI", "CD3", "CD8"]}
+    return written(stored, ome=True, metadata={"axes": axes, "Channel": names}), pixels
+
+
+@pytest.mark.parametrize("axes", ["CZYX", "ZCYX"])
+def test_a_plane_of_a_stack_or_the_maximum_of_all(tmp_path: Path, axes: str) -> None:
+    data, pixels = z_stack(axes)
+    (tmp_path / "stack.ome.tif").write_bytes(data)
+    for z in (1, 3, 4):
+        tile = read_tile(tmp_path / "stack.ome.tif", z=z)
+        assert np.array_equal(tile.pixels, pixels[:, z - 1].transpose(1, 2, 0))
+        assert (tile.channels, tile.warnings[0]) == (NAMES_3, f"plane {z} of 4 in Z")
+    tile = read_tile(tmp_path / "stack.ome.tif", z="max")
+    assert np.array_equal(tile.pixels, pixels.max(axis=1).transpose(1, 2, 0))
+    assert tile.warnings[0] == "the maximum of 4 planes in Z"
+    with pytest.raises(TileError, match="--z 5: it has 4 planes in Z, counted from 1: give one"):
+        read_tile(tmp_path / "stack.ome.tif", z=5)
+    with pytest.raises(TileError, match=r"stack of planes \(Z = 4\), .*: --z takes one of an OME"):
+        read_tile(tmp_path / "stack.ome.tif")
+
+
+NAMES_3 = ("DAPI", "CD3", "CD8")
+
+
+def test_a_gray_stack(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(5).integers(0, 255, (4, 20, 30), dtype=np.uint8)
+    (tmp_path / "s.ome.tif").write_bytes(written(pixels, ome=True, metadata={"axes": "ZYX"}))
+    tile = read_tile(tmp_path / "s.ome.tif", z=2)
+    assert tile.channels == ("gray",)
+    assert np.array_equal(tile.pixels[..., 0], pixels[1])
+
+
+@pytest.mark.parametrize("data", [rgb(), photo(RGB8, "PNG"), written(GRAY8, ome=True)])
+def test_a_plane_of_what_is_no_stack(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "t.tif").write_bytes(data)
+    assert read_tile(tmp_path / "t.tif", z=1).pixels.size
+    assert read_tile(tmp_path / "t.tif", z="max").pixels.size
+    with pytest.raises(TileError, match="--z 2: it "):
+        read_tile(tmp_path / "t.tif", z=2)
+
+
+def test_a_stack_in_time_is_refused_whatever_is_asked_for(tmp_path: Path) -> None:
+    stack = written(MARKERS, ome=True, metadata={"axes": "TYX"})
+    (tmp_path / "t.ome.tif").write_bytes(stack)
+    with pytest.raises(TileError, match=r"stack of planes \(T = 3\)"):
+        read_tile(tmp_path / "t.ome.tif", z="max")

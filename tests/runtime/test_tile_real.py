@@ -185,3 +185,19 @@ def test_truncation_anywhere_is_an_error(real_data: Path, tmp_path: Path) -> Non
             cut.write_bytes(data[: int(len(data) * share)])
             with pytest.raises(TileError):
                 read_tile(cut)
+
+
+def test_a_real_stack_in_z(real_data: Path, tmp_path: Path) -> None:
+    path = tmp_path / "stack.ome.tif"
+    path.write_bytes((real_data / "tiff_odd" / "multi-channel-z-series.ome.tif").read_bytes())
+    with pytest.raises(TileError, match="8-bit signed samples"):
+        read_tile(path, z="max")
+    with tifffile.TiffFile(path, mode="r+b") as file:
+        for page in file.pages:
+            page.tags["SampleFormat"].overwrite(1)  # type: ignore[union-attr]
+    pixels = tifffile.imread(path)  # (C, Z, Y, X)
+    names = ["a", "b", "c"]
+    found = read_tile(path, z="max", channels=names)
+    assert np.array_equal(found.pixels, pixels.max(axis=1).transpose(1, 2, 0))
+    found = read_tile(path, z=3, channels=names)
+    assert np.array_equal(found.pixels, pixels[:, 2].transpose(1, 2, 0))

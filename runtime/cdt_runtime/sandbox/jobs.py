@@ -23,14 +23,14 @@ KEPT = 4
 MAX_FILES = 100_000
 
 
-def tile(talk: Talk, path: str, channels: list[str] | None, mpp: float | None) -> None:
+def tile(talk: Talk, path: str, **options: Any) -> None:
     """Read a tile: its facts, and its pixels `(H, W, C)`."""
     from cdt_runtime.tile import read_tile
 
     seconds = cpu_seconds(*_size_of(Path(path)))
     talk.expect(seconds)
     with talk.limits.granted(seconds):
-        found = read_tile(path, channels=channels, mpp=mpp)
+        found = read_tile(path, **options)
         facts = {
             "channels": found.channels,
             "bits": found.bits,
