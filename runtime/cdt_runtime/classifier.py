@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cdt_runtime.answer import Answer, Judge
-from cdt_runtime.backends import Precision, Session, open_session
+from cdt_runtime.backends import Arrays, Precision, Session, open_session
+from cdt_runtime.backends.session import run_batch
 from cdt_runtime.bundle import Bundle
 from cdt_runtime.cache import TokenCache, cache_dir
 from cdt_runtime.conformal import Certificate, certify, own_chances
@@ -391,7 +392,7 @@ class FewShotClassifier:
             "scale": np.array([scale], dtype=np.float32),
         }
         views = orientations(tiles) if self.tta else [tiles]
-        said = [self._classify.run({**_named(view, features), **shared}) for view in views]
+        said = [self._run(self._classify, _named(view, features), shared) for view in views]
         logits, distances = (
             said[0][name] if len(said) == 1 else np.mean([one[name] for one in said], axis=0)
             for name in ("logits", "distances")
@@ -440,7 +441,13 @@ class FewShotClassifier:
 
     def _tokens(self, batch: Sequence[TileInput]) -> Float:
         inputs = _named(_arrays(batch), self.hear(_images(batch), len(batch)))
-        return self._session("path_encoder").run(inputs)["tile_tokens"]
+        return self._run(self._session("path_encoder"), inputs, {})["tile_tokens"]
+
+    def _run(self, session: Session, batch: Arrays, shared: Arrays) -> dict[str, NDArray[Any]]:
+        """Run a batch; where the engine has no memory for it, in smaller ones from now on."""
+        found, size = run_batch(session, batch, shared)
+        self.batch_size = min(self.batch_size, size or self.batch_size)
+        return found
 
     def _encode_ct(self, inputs: dict[str, Float]) -> Float:
         return self._finite(self._session("ct_encoder").run(inputs)["ct_tokens"])

@@ -13,6 +13,7 @@ import pytest
 
 from cdt_runtime import golden, proof
 from cdt_runtime.backends import BACKENDS, Precision, open_session, ort, ort_cuda, ov, shapes
+from cdt_runtime.backends.session import OutOfMemory, failure, run_batch
 from cdt_runtime.bundle import Bundle
 from cdt_runtime.classifier import FewShotClassifier
 from cdt_runtime.doctor import ONE_NODE
@@ -221,7 +222,7 @@ def test_a_missing_openvino_is_an_error_with_its_cure(
 )
 def test_a_graph_that_is_none_is_one_error(backend: str, message: str) -> None:
     with pytest.raises(BackendError, match=message) as caught:
-        open_session(backend, b"not a graph")
+        open_session(backend, b"\x12\x05empty")  # a model without a graph
     assert "\n" not in str(caught.value)
 
 
@@ -362,3 +363,56 @@ def test_a_tile_is_timed_on_inputs_that_the_graph_takes(
 def test_a_folder_that_can_not_be_written_only_costs_time(bundle: Bundle, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     assert choose_backend(bundle, "auto", tmp_path / "file" / "x").backend in BACKENDS
+
+
+class SmallMemory:
+    """An engine that has room for a few tiles."""
+
+    engine, half = "small", False
+
+    def __init__(self, room: int) -> None:
+        self.room, self.sizes = room, []
+
+    def run(self, inputs: Any) -> dict[str, Any]:
+        size = len(inputs["tile"])
+        self.sizes.append(size)
+        if size > self.room:
+            raise failure("small", RuntimeError("Failed to allocate memory for requested buffer"))
+        return {"logits": inputs["tile"] * inputs["scale"]}
+
+
+@pytest.mark.parametrize(("count", "sizes"), [(4, [4]), (8, [8, 4, 4]), (7, [7, 4, 3])])
+def test_a_batch_is_halved_once_where_memory_is_short(count: int, sizes: list[int]) -> None:
+    session = SmallMemory(4)
+    tiles = np.arange(count, dtype=np.float32)
+    found, size = run_batch(session, {"tile": tiles}, {"scale": np.float32(2)})
+    assert np.array_equal(found["logits"], 2 * tiles)
+    assert session.sizes == sizes
+    assert size == (None if count <= 4 else 4)
+
+
+def test_no_memory_for_half_of_it_is_an_error(bundle_dir: Path) -> None:
+    said = (
+        r"^small: Failed to allocate memory for requested buffer; nor for 8 at a time: free its "
+        r"memory, or use another --backend$"
+    )
+    with pytest.raises(BackendError, match=said):
+        run_batch(SmallMemory(4), {"tile": np.zeros(16)}, {"scale": np.float32(2)})
+    classifier = FewShotClassifier.open(bundle_dir, backend="onnxruntime")
+    classifier._run(SmallMemory(16), {"tile": np.zeros(32)}, {"scale": np.float32(2)})
+    assert classifier.batch_size == 16
+
+
+@pytest.mark.parametrize(
+    ("error", "full"),
+    [
+        (RuntimeError("CUDA error: out of memory\nat 1"), True),
+        (RuntimeError("CUDNN_STATUS_ALLOC_FAILED"), True),
+        (MemoryError(), True),
+        (RuntimeError("Invalid shape"), False),
+    ],
+)
+def test_what_an_engine_says_without_memory_is_known(error: Exception, full: bool) -> None:
+    found = failure("engine", error, ": cure")
+    assert isinstance(found, OutOfMemory) is full
+    assert "\n" not in str(found)

@@ -13,7 +13,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from cdt_runtime.backends.session import Precision, first_line
+from cdt_runtime.backends.session import Precision, failure, first_line
 from cdt_runtime.errors import BackendError
 
 CPU = "CPUExecutionProvider"
@@ -53,7 +53,7 @@ class OrtSession:
         try:
             outputs = self._session.run(self._names, dict(inputs))
         except Exception as error:  # ONNX Runtime raises a bare class of its own for each status
-            raise BackendError(f"{self.engine}: {first_line(error)}") from error
+            raise failure(self.engine, error) from error
         return dict(zip(self._names, outputs, strict=True))
 
 

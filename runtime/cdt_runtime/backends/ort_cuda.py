@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cdt_runtime.backends.ort import CPU, CURE, load
-from cdt_runtime.backends.session import Precision, first_line
+from cdt_runtime.backends.session import Precision, failure
 from cdt_runtime.backends.shapes import BATCH, Input, ShapedSession
 from cdt_runtime.errors import BackendError
 
@@ -71,7 +71,7 @@ class CudaSession(ShapedSession):
         try:
             return _Fixed(session, self._batched, device)
         except Exception as error:  # as in `OrtSession.run`
-            raise BackendError(f"{self._provider}: {first_line(error)}{CURE}") from error
+            raise failure(self._provider, error, CURE) from error
 
 
 class _Fixed:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cdt_runtime.backends.session import Precision, first_line
+from cdt_runtime.backends.session import Precision, failure, first_line
 from cdt_runtime.cache import cache_dir
 from cdt_runtime.errors import BackendError
 
@@ -48,7 +48,7 @@ class OpenVinoSession:
         try:
             found = self._request.infer(dict(inputs), share_inputs=True)
         except (RuntimeError, TypeError) as error:
-            raise BackendError(f"{self.engine}: {first_line(error)}") from error
+            raise failure(self.engine, error) from error
         # The request's buffers are used again by the next call.
         outputs = [np.array(found[index]) for index in range(len(self._names))]
         return {

@@ -6,7 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+import numpy as np
 from numpy.typing import NDArray
+
+from cdt_runtime.errors import BackendError
 
 Arrays = Mapping[str, NDArray[Any]]
 Precision = Literal["auto", "fp32"]
@@ -43,6 +46,62 @@ class Backend:
     present: Callable[[], bool]
     packages: tuple[str, ...]
     built: Callable[[Sequence[str]], str | None] = lambda graphs: ""
+
+
+class OutOfMemory(BackendError):
+    """An engine has no memory for so many tiles at a time."""
+
+
+_MEMORY = (
+    "out of memory",
+    "failed to allocate memory",
+    "alloc_failed",
+    "bad_alloc",
+    "bad allocation",
+)
+"""What engines and drivers say then, in small letters."""
+
+
+def failure(engine: str, error: Exception, cure: str = "") -> BackendError:
+    """What an engine raised, as an error of ours in one line."""
+    said = str(error).lower()
+    full = isinstance(error, MemoryError) or any(words in said for words in _MEMORY)
+    return (OutOfMemory if full else BackendError)(f"{engine}: {first_line(error)}{cure}")
+
+
+def run_batch(
+    session: Session, batch: Arrays, shared: Arrays
+) -> tuple[dict[str, NDArray[Any]], int | None]:
+    """Run a batch, in two halves where the engine has no memory for the whole.
+
+    Args:
+        session: a loaded graph.
+        batch: the inputs with an item a tile.
+        shared: the others.
+
+    Returns:
+        The outputs, and the size that had to do; None where the whole did.
+
+    Raises:
+        BackendError: there is no memory for half of it either; another engine is never taken.
+    """
+    try:
+        return session.run({**batch, **shared}), None
+    except OutOfMemory as error:
+        said = str(error)
+    count = len(next(iter(batch.values())))
+    half = -(-count // 2)
+    halves = [slice(start, start + half) for start in range(0, count, half)]
+    try:
+        found = [
+            session.run({name: one[at] for name, one in batch.items()} | dict(shared))
+            for at in halves
+        ]
+    except OutOfMemory as error:
+        raise BackendError(
+            f"{said}; nor for {half} at a time: free its memory, or use another --backend"
+        ) from error
+    return {name: np.concatenate([one[name] for one in found]) for name in found[0]}, half
 
 
 def first_line(error: Exception) -> str:

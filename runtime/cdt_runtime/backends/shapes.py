@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from cdt_runtime.backends.session import Arrays, first_line
+from cdt_runtime.backends.session import Arrays, failure
 from cdt_runtime.errors import BackendError
 
 BATCH = "batch"
@@ -73,7 +73,7 @@ class ShapedSession(ABC):
         try:
             return fixed.run(inputs, count)
         except Exception as error:  # each engine has classes of its own
-            raise BackendError(f"{self.engine}: {first_line(error)}") from error
+            raise failure(self.engine, error) from error
 
     @abstractmethod
     def _open(self, sizes: Mapping[str, int]) -> Fixed:

@@ -16,13 +16,12 @@ from numpy.typing import NDArray
 
 from cdt_runtime.backends.device import Buffer, Device, Recording, first_device
 from cdt_runtime.backends.ort import gpu_present
-from cdt_runtime.backends.session import Arrays, Precision, first_line
+from cdt_runtime.backends.session import Arrays, Precision, failure
 from cdt_runtime.backends.shapes import BATCH, ShapedSession
 from cdt_runtime.backends.trt_build import LARGEST_BATCH
 from cdt_runtime.backends.trt_library import load_tensorrt, logger, made, require
 from cdt_runtime.backends.trt_plan import BUILD, find_target, read_plan
 from cdt_runtime.bundle import sha256
-from cdt_runtime.errors import BackendError
 
 PACKAGES = ("tensorrt", "pycuda")
 
@@ -70,7 +69,7 @@ class TensorRtSession(ShapedSession):
         try:
             return _Fixed(self._loaded, self._device, shapes, self._batched, profile)
         except Exception as error:  # of TensorRT, of pycuda or of the driver
-            raise BackendError(f"{self.engine}: {first_line(error)}") from error
+            raise failure(self.engine, error) from error
 
 
 class _Fixed:
