@@ -16,7 +16,7 @@ import pytest
 
 from cdt_export.cli import export_command
 from cdt_runtime.cli import infer_command
-from cdt_runtime.doctor_cli import doctor_command
+from cdt_runtime.doctor_cli import OTHERS, doctor_command
 from cdt_runtime.enroll_cli import enroll_command
 from cdt_train.cli import COMMANDS as SUBCOMMANDS
 from cdt_train.cli import train_command
@@ -44,6 +44,8 @@ def command_of(words: list[str]) -> click.Command:
         module, _, name = SUBCOMMANDS[words[1]].partition(":")
         found: click.Command = getattr(importlib.import_module(module), name)
         return found
+    if words[0] == "cdt-doctor" and words[1:] and words[1] in OTHERS:
+        return OTHERS[words[1]]
     return COMMANDS[words[0]]
 
 

@@ -52,7 +52,10 @@ class Fields:
     def words(self, keyword: str) -> frozenset[str]:
         """The values of a multi-valued code string, in capitals."""
         value = self.get(keyword)
-        values = [value] if value is None or isinstance(value, str) else list(value)
+        try:
+            values = [value] if value is None or isinstance(value, str) else list(value)
+        except TypeError:  # its VR is that of a number
+            raise self.error(keyword, "is not text") from None
         return frozenset(str(v).strip().upper() for v in values if v is not None)
 
     def numbers(self, keyword: str, count: int) -> tuple[float, ...]:
@@ -85,9 +88,13 @@ class Fields:
         value = self.get(keyword)
         if value is None:
             return []
-        if isinstance(value, str | bytes) or not all(hasattr(v, "get_item") for v in value):
+        try:
+            items = [] if isinstance(value, str | bytes) else list(value)
+        except TypeError:  # its VR is that of a number
+            items = []
+        if not items or not all(hasattr(item, "get_item") for item in items):
             raise self.error(keyword, "is not a sequence")
-        return list(value)
+        return items
 
     def stored_value(self, keyword: str, signed: bool) -> int | None:
         """A 16-bit stored value, in the pixels' own sign.

@@ -25,7 +25,7 @@ Examples:
   cdt-doctor --build engines/NAME   build TensorRT's plans here first: minutes
   cdt-doctor drift SITE_TILES       does a site look like the training tiles?
   cdt-doctor audit LOG              is a log of cdt-infer --audit as it was?
-  cdt-doctor sbom > sbom.json       what it is made of, for a scanner (CycloneDX)
+  cdt-doctor sbom > sbom.json       what it is made of (CycloneDX)
   cdt-doctor sbom --licences        the same as a table with licences
 
 \b
@@ -38,9 +38,8 @@ Research use only: not a medical device.
 
 def doctor() -> NoReturn:
     """Entry point of `cdt-doctor`."""
-    others = {"drift": drift_command, "audit": audit_command, "sbom": sbom_command}
-    if sys.argv[1:] and sys.argv[1] in others:
-        run(others[sys.argv[1]], sys.argv[2:], extra="sbom")
+    if sys.argv[1:] and sys.argv[1] in OTHERS:
+        run(OTHERS[sys.argv[1]], sys.argv[2:], extra="sbom")
     run(doctor_command)
 
 
@@ -212,3 +211,7 @@ def _engine_text(engine: dict[str, Any]) -> str:
 
 def _listed(packages: dict[str, str]) -> str:
     return ", ".join(f"{name} {version}" for name, version in packages.items())
+
+
+OTHERS = {"drift": drift_command, "audit": audit_command, "sbom": sbom_command}
+"""Commands behind the first word."""

@@ -16,7 +16,7 @@ import numpy as np
 from cdt_runtime.codestream import jpeg2000_head, jpeg_head, webp_size
 from cdt_runtime.errors import TileError
 from cdt_runtime.tiff_ifd import Ifd
-from cdt_runtime.tile_limits import check_bytes, check_pixels
+from cdt_runtime.tile_limits import check_bytes, check_filled, check_pixels
 
 MAX_SEGMENTS = 100_000
 """Strips or tiles of one tile file."""
@@ -110,7 +110,9 @@ def parse_page(ifd: Ifd, *, slide: bool = False) -> Page:
         TileError: A tag is missing or damaged, the page is too large, or of a kind not read.
     """
     height, width = ifd.one(257), ifd.one(256)
-    if not slide:
+    if slide:
+        check_filled(height, width)
+    else:
         check_pixels(height, width)
     samples = ifd.one(277, 1)
     if not 1 <= samples <= 1024:

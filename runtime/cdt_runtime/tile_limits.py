@@ -11,10 +11,15 @@ MAX_BYTES = 2**30
 """Decoded bytes of one tile, all channels together."""
 
 
-def check_pixels(height: int, width: int) -> None:
-    """Refuse an image that is empty or over the pixel limit."""
+def check_filled(height: int, width: int) -> None:
+    """Refuse an image without pixels."""
     if height < 1 or width < 1:
         raise TileError(f"is {width} x {height} pixels: there is no image in it")
+
+
+def check_pixels(height: int, width: int) -> None:
+    """Refuse an image that is empty or over the pixel limit."""
+    check_filled(height, width)
     if height * width > MAX_PIXELS:
         raise TileError(
             f"is {width} x {height} pixels, over the limit of {MAX_PIXELS // 2**20} Mpixel a tile: "

@@ -40,6 +40,7 @@ from pydicom import uid as uids
 from pydicom.sequence import Sequence
 
 from cdt_runtime.ct import read_series
+from cdt_runtime.dicom_fields import Fields
 from cdt_runtime.errors import SeriesError
 
 BAD: dict[str, Bad] = {
@@ -91,6 +92,13 @@ BAD: dict[str, Bad] = {
         change=every(ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"]),
     ),
     "not CT": Bad(r"only 8 files of another modality: expected", change=every(Modality="MR")),
+    "image type that is a number": Bad(
+        r"003\.dcm\): ImageType is not text: export the series again",
+        after=patched(
+            b"\x08\0\x08\0CS\x16\0" + rb"ORIGINAL\PRIMARY\AXIAL",
+            b"\x08\0\x08\0DS\x16\0" + b"1".ljust(22),
+        ),
+    ),
     "two orientations": Bad(
         r"005\.dcm\): ImageOrientationPatient differs from 4 other slices: keep one orientation",
         change=lambda ds, i: i > 3 and setattr(ds, "ImageOrientationPatient", FACE_ON),
@@ -348,3 +356,10 @@ def test_bad_input(case: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) 
     assert "SECRET" not in message
     assert "/" not in message
     assert not caplog.records
+
+
+@pytest.mark.parametrize("value", [1.5, "text", b"bytes", [1, 2]])
+def test_what_is_no_sequence_is_said(value: object) -> None:
+    fields = Fields("file 1 of 1", {"PlanePositionSequence": value})
+    with pytest.raises(SeriesError, match="PlanePositionSequence is not a sequence: export the s"):
+        fields.items("PlanePositionSequence")

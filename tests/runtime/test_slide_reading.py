@@ -17,6 +17,7 @@ import tifffile
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from slide_maker import smooth_rgb, write_ome, write_svs
+from tiff_builder import build, gray
 
 from cdt_runtime.errors import TileError
 from cdt_runtime.preprocess import Preprocess, area_resize
@@ -208,6 +209,13 @@ def test_a_slide_that_is_none_is_refused_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     with pytest.raises(TileError, match=r"^folder: can't be read \(Is a directory\)"):
         _opened(tmp_path / "folder")
+
+
+def test_a_slide_without_pixels_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "s.tif"
+    path.write_bytes(build(gray(0, 4, b"\0")))
+    with pytest.raises(TileError, match=r"^s\.tif: is 4 x 0 pixels: there is no image in it"):
+        _opened(path)
 
 
 def test_channels_without_names_need_them(tmp_path: Path) -> None:

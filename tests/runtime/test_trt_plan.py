@@ -116,7 +116,10 @@ def test_a_plan_that_does_not_load_is_an_error_with_its_cure() -> None:
 @pytest.mark.parametrize(
     ("graph", "message"),
     [
-        (b"\x12\x04none", r"TensorRT can't read the graph: In node 3 with operator Odd: no importer$"),
+        (
+            b"\x12\x04none",
+            r"TensorRT can't read the graph: In node 3 with operator Odd: no importer$",
+        ),
         (
             small_graph(tile="height"),
             "input tile: free dimension 'height': expected one of batch, classes",
