@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -273,3 +274,35 @@ def test_nothing_is_left_open(tmp_path: Path) -> None:
         with pytest.raises(TileError):
             read_tile(tmp_path / "none.png")
     assert opened() == before
+
+
+def ways_to_read(path: Path, folder: Path) -> Iterator[Callable[[], object]]:
+    """Read a file as a tile, as a slide and as a series."""
+    from cdt_runtime.reading import open_slide, read_series, read_tile
+
+    def slide() -> None:
+        with open_slide(path) as opened:
+            opened.small_copy(0)
+
+    def series() -> None:
+        shutil.copy(path, folder / "one")
+        read_series(folder, min_slices=1)
+
+    yield from (lambda: read_tile(path), slide, series)
+
+
+def test_real_odd_and_malformed_files_are_read_or_refused(real_data: Path, tmp_path: Path) -> None:
+    folders = ("tiff_odd", "tiff_malformed", "dicom_odd", "dicom_malformed", "mif", "pathology")
+    files = sorted(path for name in folders for path in (real_data / name).rglob("*"))
+    read, said = 0, []
+    for path in filter(Path.is_file, files):
+        for act in ways_to_read(path, tmp_path):
+            started = time.monotonic()
+            try:
+                act()
+                read += 1
+            except InputError as error:
+                said.append(str(error))
+            assert time.monotonic() - started < 10
+    assert [one for one in said if "\n" in one or "its decoder" in one] == []
+    assert (read > 60, len(said) > 100) == (True, True)

@@ -251,6 +251,8 @@ class Talk:
             raise self._ended() from None
         except TimeoutError:
             raise self._ended(self._too_slow()) from None
+        except (KeyError, TypeError, AttributeError):  # no message of ours
+            raise self._ended("its decoder failed: the file is damaged: fetch it again") from None
 
     def close(self) -> None:
         """End the conversation."""
