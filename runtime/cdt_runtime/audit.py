@@ -24,6 +24,7 @@ from cdt_runtime.classifier import FewShotClassifier
 from cdt_runtime.errors import InputError
 from cdt_runtime.prediction import Context, Prediction
 from cdt_runtime.prototypes import TENSORS
+from cdt_runtime.tile_stream import Failure
 
 FIRST = "0" * 64
 """What the first line gives for the hash of the one before it."""
@@ -107,6 +108,15 @@ def verify(path: Path) -> AuditState:
     except OSError as error:
         raise InputError(f"{path.name}: can't be read ({error.strerror})") from error
     return state
+
+
+def of_answer(
+    answer: Prediction | Failure, classifier: FewShotClassifier, context: Context
+) -> dict[str, Any]:
+    """What the log says of a tile, answered or not."""
+    if isinstance(answer, Failure):
+        return of_failure(answer.error, classifier, context)
+    return of_prediction(answer, classifier, context)
 
 
 def of_prediction(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -21,8 +21,10 @@ if TYPE_CHECKING:
     from cdt_runtime.audit import AuditLog
     from cdt_runtime.backends import Precision
     from cdt_runtime.classifier import FewShotClassifier
-    from cdt_runtime.prediction import Context, Prediction, TileInput
+    from cdt_runtime.cohort import Options
+    from cdt_runtime.prediction import Context, TileInput
     from cdt_runtime.tiff_meta import Z
+    from cdt_runtime.tile_stream import Failure
 
 EXAMPLES = """
 \b
@@ -32,6 +34,7 @@ Examples:
   cdt-infer ct/R_001 tiles/                every tile of a folder
   cdt-infer ct/R_001 slide.svs --slide     a whole slide: table, areas, map
   cdt-infer --no-ct tile.tif               the tile alone
+  cdt-infer --manifest cohort.csv          a table: patient,ct_dir,tiles or slide
 
 \b
 CT_DIR is a folder that holds one DICOM CT series, at any depth. A TILE is a
@@ -96,7 +99,12 @@ def infer() -> NoReturn:
     help="Which plane of an OME-TIFF's stack, counted from 1, or max: of all.",
 )
 @click.option("--slide", "as_slide", is_flag=True, help="Cut the one TILE, a whole slide, up.")
-@click.option("--out", metavar="DIR", help="Folder for a slide's results.  [default: ./NAME.cdt]")
+@click.option("--manifest", metavar="FILE", help="A table of patients in place of CT_DIR and TILE.")
+@click.option(
+    "--out",
+    metavar="DIR",
+    help="Folder for the results of a slide or manifest.  [default: ./NAME.cdt]",
+)
 @click.version_option(__version__, prog_name="cdt-infer")
 def infer_command(
     paths: tuple[str, ...],
@@ -118,6 +126,7 @@ def infer_command(
     mpp: float | None,
     z: Z,
     as_slide: bool,
+    manifest: str | None,
     out: str | None,
 ) -> None:
     """Classify pathology tiles or a whole slide, with the patient's CT as context.
@@ -127,7 +136,7 @@ def infer_command(
     """
     from cdt_runtime.sandbox.process import SANDBOX
 
-    ct_dir, tiles = _split_paths(paths, no_ct)
+    ct_dir, tiles = (None, ()) if manifest else _split_paths(paths, no_ct)
     _refuse_empty(
         {
             "--bundle": bundle,
@@ -137,9 +146,22 @@ def infer_command(
             "--card": card,
             "--audit": audit,
             "--trust": trust,
+            "--manifest": manifest,
         }
     )
-    _refuse_slide_options(as_slide, tiles, out)
+    if manifest:
+        _refuse_beside_manifest(
+            {
+                "CT_DIR and TILE": bool(paths),
+                "--slide": as_slide,
+                "--series": bool(series),
+                "--card": bool(card),
+                "--transductive": transductive,
+                "--coverage": bool(coverage),
+            }
+        )
+    else:
+        _refuse_slide_options(as_slide, tiles, out)
     _refuse_combined(coverage, {"--slide": as_slide, "--tta": tta, "--transductive": transductive})
     if z is not None and as_slide:
         raise InputError("--z is for tiles: not with --slide")
@@ -159,8 +181,19 @@ def infer_command(
         from cdt_runtime.tile_input import require_filling
 
         require_filling(classifier.preprocess)
-    context = classifier.context(ct_dir, series_uid=series, allow_resample=allow_resample)
     names = [name.strip() for name in channels.split(",")] if channels else None
+    if manifest:
+        from cdt_runtime.cohort import Options
+
+        options = Options(
+            {"channels": names, "fill_missing": fill_missing, "mpp": mpp},
+            z,
+            allow_resample,
+            no_ct,
+            log,
+        )
+        sys.exit(_cohort(classifier, Path(manifest), options, out, as_json))
+    context = classifier.context(ct_dir, series_uid=series, allow_resample=allow_resample)
     if coverage and (note := classifier.certificate(_counted(classifier, context)).note):
         click.echo(f"note: {note}", err=True)
     reading: dict[str, Any] = {"channels": names, "fill_missing": fill_missing, "mpp": mpp}
@@ -222,6 +255,31 @@ def _expanded(
 
     expected = classifier.preprocess.channels
     return tuple(one for tile in tiles for one in tiles_under(tile, expected, names))
+
+
+def _refuse_beside_manifest(others: dict[str, bool]) -> None:
+    for name, given in others.items():
+        if given:
+            raise InputError(f"--manifest names the inputs of each patient: not with {name}")
+
+
+def _cohort(
+    classifier: FewShotClassifier, manifest: Path, options: Options, out: str | None, as_json: bool
+) -> int:
+    """Answer a table of patients, write the results and print the summary; return the exit code."""
+    import json
+
+    from cdt_runtime import cohort
+
+    rows = cohort.read_manifest(manifest)
+    folder = Path(out) if out else Path(f"{manifest.name.split('.')[0]}.cdt")
+    found = cohort.run_cohort(classifier, rows, options, folder)
+    for row in found:
+        for why in cohort.failures_of(row):
+            say(f"row {row['row']}: {why}")
+    summary = {**cohort.summary_of(found), "out": str(folder)}
+    click.echo(json.dumps(summary) if as_json else cohort.as_text(summary))
+    return InputError.exit_code if summary["failed_rows"] else 0
 
 
 def _slide(
@@ -324,13 +382,20 @@ def _classify(
 ) -> int:
     """Print an answer or an error for each tile, in the order given; return the exit code."""
     from cdt_runtime import report
+    from cdt_runtime.audit import of_answer
+    from cdt_runtime.tile_stream import Failure, answers, read_ahead
 
-    names = report.distinct_names(tiles)
+    inputs: Iterable[TileInput | Failure]
+    inputs = read_ahead(classifier, tiles, report.distinct_names(tiles), reading)
+    if transductive:  # all are read into memory first
+        inputs = list(inputs)
+        used = classifier.transduce([x for x in inputs if not isinstance(x, Failure)], context)
+        click.echo(f"note: classes drawn towards {used} tiles", err=True)
     code, last = 0, None
     outcomes: Counter[str] = Counter()
-    for answer in _answers(classifier, tiles, names, reading, context, transductive):
+    for answer in answers(classifier, inputs, context):
         if log:  # what was not logged is not said
-            log.append(_entry(answer, classifier, context))
+            log.append(of_answer(answer, classifier, context))
         if isinstance(answer, Failure):
             code = answer.error.exit_code
             outcomes["unreadable"] += 1
@@ -353,62 +418,3 @@ def _audit_log(path: str | None) -> AuditLog | None:
     from cdt_runtime.audit import AuditLog
 
     return AuditLog(Path(path))
-
-
-def _entry(
-    answer: Prediction | Failure, classifier: FewShotClassifier, context: Context
-) -> dict[str, Any]:
-    from cdt_runtime.audit import of_failure, of_prediction
-
-    if isinstance(answer, Failure):
-        return of_failure(answer.error, classifier, context)
-    return of_prediction(answer, classifier, context)
-
-
-@dataclass(frozen=True)
-class Failure:
-    """A tile that could not be used, and why."""
-
-    tile: str
-    error: InputError
-
-
-def _answers(
-    classifier: FewShotClassifier,
-    tiles: tuple[str, ...],
-    names: list[str],
-    reading: dict[str, Any],
-    context: Context,
-    transductive: bool,
-) -> Iterator[Prediction | Failure]:
-    """Classify in batches, reading ahead; a failure takes its tile's place between the answers.
-
-    Where the classes are drawn towards all tiles first, these are read into memory.
-    """
-    from cdt_runtime.parallel import mapped
-
-    def read(item: tuple[str, str]) -> TileInput | Failure:
-        tile, name = item
-        try:
-            return replace(classifier.read(tile, **reading), name=name)
-        except InputError as error:
-            return Failure(name, error)
-
-    waiting: list[TileInput] = []
-    size = classifier.batch_size
-    inputs: Iterable[TileInput | Failure] = mapped(read, zip(tiles, names, strict=True), 2 * size)
-    if transductive:
-        inputs = list(inputs)
-        used = classifier.transduce([x for x in inputs if not isinstance(x, Failure)], context)
-        click.echo(f"note: classes drawn towards {used} tiles", err=True)
-    for found in inputs:
-        if isinstance(found, Failure):
-            yield from classifier.predict_each(waiting, context)
-            yield found
-            waiting = []
-            continue
-        waiting.append(found)
-        if len(waiting) == size:
-            yield from classifier.predict_each(waiting, context)
-            waiting = []
-    yield from classifier.predict_each(waiting, context)

@@ -21,6 +21,17 @@ def write_synced(path: Path, content: bytes | Callable[[BinaryIO], object]) -> N
         os.fsync(file.fileno())
 
 
+def replace_synced(path: Path, content: bytes) -> None:
+    """Write a file so that a kill at any moment leaves the old one or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        write_synced(temporary, content)
+        temporary.replace(path)
+        sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def sync_folder(folder: Path) -> None:
     """Wait until the names in a folder are on the disk."""
     handle = os.open(folder, os.O_RDONLY)
