@@ -34,7 +34,7 @@ Examples:
   cdt-infer ct/R_001 tiles/                every tile of a folder
   cdt-infer ct/R_001 slide.svs --slide     a whole slide: table, areas, map
   cdt-infer --no-ct tile.tif               the tile alone
-  cdt-infer --manifest cohort.csv          a table: patient,ct_dir,tiles or slide
+  cdt-infer --manifest cohort.csv          a table of patients, row by row
 
 \b
 CT_DIR is a folder that holds one DICOM CT series, at any depth. A TILE is a
@@ -101,6 +101,11 @@ def infer() -> NoReturn:
 @click.option("--slide", "as_slide", is_flag=True, help="Cut the one TILE, a whole slide, up.")
 @click.option("--manifest", metavar="FILE", help="A table of patients in place of CT_DIR and TILE.")
 @click.option(
+    "--ray",
+    metavar="ADDRESS",
+    help="Rows of a manifest on this Ray cluster; local: on one of this machine.",
+)
+@click.option(
     "--out",
     metavar="DIR",
     help="Folder for the results of a slide or manifest.  [default: ./NAME.cdt]",
@@ -127,6 +132,7 @@ def infer_command(
     z: Z,
     as_slide: bool,
     manifest: str | None,
+    ray: str | None,
     out: str | None,
 ) -> None:
     """Classify pathology tiles or a whole slide, with the patient's CT as context.
@@ -147,6 +153,7 @@ def infer_command(
             "--audit": audit,
             "--trust": trust,
             "--manifest": manifest,
+            "--ray": ray,
         }
     )
     if manifest:
@@ -162,6 +169,8 @@ def infer_command(
         )
     else:
         _refuse_slide_options(as_slide, tiles, out)
+    if ray and (audit or not manifest):
+        raise InputError("--ray is for a --manifest, without --audit: a log is of one machine")
     _refuse_combined(coverage, {"--slide": as_slide, "--tta": tta, "--transductive": transductive})
     if z is not None and as_slide:
         raise InputError("--z is for tiles: not with --slide")
@@ -192,7 +201,7 @@ def infer_command(
             no_ct,
             log,
         )
-        sys.exit(_cohort(classifier, Path(manifest), options, out, as_json))
+        sys.exit(_cohort(classifier, Path(manifest), options, ray, out, as_json))
     context = classifier.context(ct_dir, series_uid=series, allow_resample=allow_resample)
     if coverage and (note := classifier.certificate(_counted(classifier, context)).note):
         click.echo(f"note: {note}", err=True)
@@ -264,7 +273,12 @@ def _refuse_beside_manifest(others: dict[str, bool]) -> None:
 
 
 def _cohort(
-    classifier: FewShotClassifier, manifest: Path, options: Options, out: str | None, as_json: bool
+    classifier: FewShotClassifier,
+    manifest: Path,
+    options: Options,
+    ray: str | None,
+    out: str | None,
+    as_json: bool,
 ) -> int:
     """Answer a table of patients, write the results and print the summary; return the exit code."""
     import json
@@ -273,7 +287,17 @@ def _cohort(
 
     rows = cohort.read_manifest(manifest)
     folder = Path(out) if out else Path(f"{manifest.name.split('.')[0]}.cdt")
-    found = cohort.run_cohort(classifier, rows, options, folder)
+    answer = None
+    if ray:
+        from cdt_runtime.cohort_ray import ray_rows
+
+        asked = {
+            "backend": classifier.backend,
+            "precision": classifier.precision,
+            "tta": classifier.tta,
+        }
+        answer = ray_rows(ray, classifier.bundle.path, asked, options, folder)
+    found = cohort.run_cohort(classifier, rows, options, folder, answer)
     for row in found:
         for why in cohort.failures_of(row):
             say(f"row {row['row']}: {why}")

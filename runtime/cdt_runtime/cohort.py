@@ -17,7 +17,7 @@ import io
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -131,7 +131,7 @@ def _row(path: Path, number: int, line: Mapping[Any, Any]) -> Row:
         raise InputError(
             f"--manifest {path.name} row {number}: expected a patient, and tiles or a slide"
         )
-    home = path.parent
+    home = path.parent.absolute()
     return Row(
         number,
         sha256(json.dumps(cells).encode()),
@@ -287,10 +287,25 @@ def state_of(classifier: FewShotClassifier, options: Options) -> dict[str, Any]:
     }
 
 
+Answer = Callable[[Sequence[Row]], Iterable[dict[str, Any]]]
+"""Answers rows, in any order."""
+
+
 def run_cohort(
-    classifier: FewShotClassifier, rows: Sequence[Row], options: Options, out: Path
+    classifier: FewShotClassifier,
+    rows: Sequence[Row],
+    options: Options,
+    out: Path,
+    answer: Answer | None = None,
 ) -> list[dict[str, Any]]:
     """Answer all rows, but for those that an earlier run had done.
+
+    Args:
+        classifier: to ask, and whose engine the results name.
+        rows: of the table.
+        options: how they are read.
+        out: folder of the results.
+        answer: what answers them in the classifier's place, by `classify_row`.
 
     Returns:
         What each gave, in the table's order.
@@ -300,18 +315,17 @@ def run_cohort(
     """
     cohort = Cohort(out, state_of(classifier, options))
     known = cohort.done()
-    progress = Progress("rows", len(rows), sum(row.key in known for row in rows))
-    found = []
-    for row in rows:
-        if row.key in known:
-            found.append({**known[row.key], "row": row.number})
-            continue
-        found.append(classify_row(classifier, row, options, out))
-        cohort.keep(found[-1])
+    waiting = [row for row in rows if row.key not in known]
+    progress = Progress("rows", len(rows), len(rows) - len(waiting))
+    one_by_one = (classify_row(classifier, row, options, out) for row in waiting)
+    for found in answer(waiting) if answer and waiting else one_by_one:
+        cohort.keep(found)
+        known[found["key"]] = found
         progress.add(1)
     progress.close()
-    cohort.finish(found, classifier.classes)
-    return found
+    ordered = [{**known[row.key], "row": row.number} for row in rows]
+    cohort.finish(ordered, classifier.classes)
+    return ordered
 
 
 def summary_of(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

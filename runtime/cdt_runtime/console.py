@@ -27,6 +27,7 @@ _OPTIONAL = frozenset(
         "onnx",
         "onnxscript",
         "cyclonedx",
+        "ray",
     }
 )
 """Modules that an extra brings; all others belong to the base."""

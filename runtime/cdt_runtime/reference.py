@@ -16,6 +16,10 @@ Float = NDArray[np.float32]
 REFERENCE = "reference.safetensors"
 
 
+ROUNDING = 1e-3
+"""Share by which the same tile's sharpness may differ from one machine to another."""
+
+
 @dataclass(frozen=True, eq=False)
 class Reference:
     """The `tile_statistics` of the training tiles, by class.
@@ -114,8 +118,9 @@ class Reference:
         return result
 
     def blurred(self, statistics: Float, channels: int) -> NDArray[np.bool_]:
-        """Whether tiles are less sharp than any that training saw, `(B,)`."""
-        result: NDArray[np.bool_] = sharpness(statistics, channels) < self.least_sharpness
+        """Whether tiles are less sharp than any that training saw, `(B,)`; one of these is not."""
+        least = self.least_sharpness - ROUNDING * np.abs(self.least_sharpness)
+        result: NDArray[np.bool_] = sharpness(statistics, channels) < least
         return result
 
 
