@@ -15,6 +15,9 @@ from cdt_runtime.errors import BundleError
 MAX_DEPTH = 64
 """Of graphs within graphs; exporters write two or three."""
 
+_KEY = b"location"
+"""What names the other file: a graph without these bytes names none, however it is encoded."""
+
 _EXTERNAL_DATA, _DATA_LOCATION = 13, 14
 _TENSOR = "tensor"
 _INSIDE: dict[str, dict[int, str]] = {
@@ -44,8 +47,10 @@ def require_whole(graph: bytes, name: str) -> None:
         name: of it, for errors.
 
     Raises:
-        BundleError: it does, or is no ONNX.
+        BundleError: it does, or can't be told for it is no ONNX.
     """
+    if _KEY not in graph:
+        return
     try:
         outside = _points_outside(memoryview(graph), "model", 0)
     except _Malformed as error:
