@@ -326,7 +326,10 @@ class Sandbox:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._worker: Worker | None = None
-        self._owner = os.getpid()
+
+    def forget(self) -> None:
+        """Leave the process to whom it belongs: this is a fork, and a lock may be held for ever."""
+        self._lock, self._worker = threading.Lock(), None
 
     def start(self) -> None:
         """Start the process, where none runs, without waiting for it."""
@@ -379,13 +382,11 @@ class Sandbox:
         """End the process; the next thing asked for starts another."""
         with self._lock:
             worker, self._worker = self._worker, None
-        if worker is not None and self._owner == os.getpid():
+        if worker is not None:
             worker.close()
 
     def _current(self) -> Worker:
         with self._lock:
-            if self._owner != os.getpid():  # forked: the process belongs to the parent
-                self._worker, self._owner = None, os.getpid()
             if self._worker is not None and self._worker.ended:
                 self._worker.close()
                 self._worker = None
@@ -417,3 +418,4 @@ def _as_error(subject: Subject, end: Ended) -> InputError:
 
 SANDBOX = Sandbox()
 atexit.register(SANDBOX.close)
+os.register_at_fork(after_in_child=SANDBOX.forget)
