@@ -446,7 +446,8 @@ class FewShotClassifier:
     def _run(self, session: Session, batch: Arrays, shared: Arrays) -> dict[str, NDArray[Any]]:
         """Run a batch; where the engine has no memory for it, in smaller ones from now on."""
         found, size = run_batch(session, batch, shared)
-        self.batch_size = min(self.batch_size, size or self.batch_size)
+        if size is not None:
+            self.batch_size = min(self.batch_size, size)
         return found
 
     def _encode_ct(self, inputs: dict[str, Float]) -> Float:

@@ -41,4 +41,4 @@ def test_a_mutant_is_known_by_its_number() -> None:
     assert [fuzzing.mutant(seeds, n) for n in range(50)] == [
         fuzzing.mutant(seeds, n) for n in range(50)
     ]
-    assert len({fuzzing.mutant(seeds, n) for n in range(1000)}) > 990
+    assert len({fuzzing.mutant(seeds, n) for n in range(1000)}) > 950

@@ -215,8 +215,9 @@ def alive(pid: int) -> bool:
 def test_it_does_not_outlive_its_caller(end: int, tmp_path: Path) -> None:
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "tile.png")
     code = textwrap.dedent(f"""
-        import time
+        import signal, time
         from cdt_runtime.reading import SANDBOX, read_tile
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a job in the background ignores it
         read_tile({str(tmp_path / "tile.png")!r})
         print(SANDBOX._worker._process.pid, flush=True)
         time.sleep(60)
@@ -273,7 +274,7 @@ def test_nothing_is_left_open(tmp_path: Path) -> None:
         read_tile(path)
         with pytest.raises(TileError):
             read_tile(tmp_path / "none.png")
-    assert opened() == before
+    assert opened() <= before  # what other tests left may be gone by now
 
 
 def ways_to_read(path: Path, folder: Path) -> Iterator[Callable[[], object]]:
