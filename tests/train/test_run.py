@@ -28,7 +28,8 @@ FIGURES = {"accuracy", "balanced_accuracy", "macro_f1", "auc_roc", "cohen_kappa"
 
 def test_a_run_writes_what_users_of_the_field_expect(trained_dir: Path) -> None:
     pretrained = torch.load(trained_dir / "ct_encoder_pretrained.pt", weights_only=True)
-    assert set(pretrained) == {"model_state_dict", "ssl_history", "config", "dataset_info"}
+    known = {"model_state_dict", "ssl_history", "config", "dataset_info", "content_sha256"}
+    assert set(pretrained) == known
     assert len(pretrained["ssl_history"]) == 2
     best = torch.load(trained_dir / "best_model.pt", weights_only=True)
     assert set(best) >= {
