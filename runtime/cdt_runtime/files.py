@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -21,7 +21,7 @@ def write_synced(path: Path, content: bytes | Callable[[BinaryIO], object]) -> N
         os.fsync(file.fileno())
 
 
-def replace_synced(path: Path, content: bytes) -> None:
+def replace_synced(path: Path, content: bytes | Callable[[BinaryIO], object]) -> None:
     """Write a file so that a kill at any moment leaves the old one or the new one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -29,7 +29,8 @@ def replace_synced(path: Path, content: bytes) -> None:
         temporary.replace(path)
         sync_folder(path.parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # what is wrong is said already
+            temporary.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import platform
 from collections.abc import Sequence
 from contextlib import suppress
@@ -27,7 +26,7 @@ from cdt_runtime import __version__
 from cdt_runtime.backends import BACKENDS, Precision
 from cdt_runtime.bundle import Bundle
 from cdt_runtime.errors import BackendError, ParityError
-from cdt_runtime.files import write_synced
+from cdt_runtime.files import replace_synced
 from cdt_runtime.golden import self_test, tile_ms
 
 EXACT: Precision = "fp32"
@@ -163,11 +162,9 @@ def _read(path: Path, name: str, precision: Precision) -> Outcome | None:
 
 
 def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_suffix(f".{os.getpid()}.partial")
     with suppress(OSError):  # a folder that can't be written only costs time later
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_synced(temporary, content)
-        temporary.replace(path)
+        replace_synced(path, content)
 
 
 def _key(bundle: Bundle, name: str, precision: Precision) -> str:

@@ -17,19 +17,12 @@ from cryptography.hazmat.primitives.serialization import (
     PrivateFormat,
     PublicFormat,
 )
+from test_bundle import FACTS, FILES
 
-from cdt_runtime.bundle import GRAPHS, MANIFEST, Bundle, change_bundle, write_bundle
+from cdt_runtime.bundle import MANIFEST, Bundle, change_bundle, write_bundle
 from cdt_runtime.cli import infer_command
 from cdt_runtime.errors import BundleError, InputError
 from cdt_runtime.signing import SIGNATURE, signer
-
-FILES = {f"{name}.onnx": b"graph of " + name.encode() for name in GRAPHS}
-FACTS = {
-    "precision": "fp32",
-    "graphs": {name: {} for name in GRAPHS},
-    "preprocess": {},
-    "training": {"data": "none"},
-}
 
 
 def write_keys(folder: Path, name: str) -> tuple[Path, Path]:

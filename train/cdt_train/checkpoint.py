@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cdt_runtime.errors import CheckpointError, TrainingError
-from cdt_runtime.files import sync_folder, write_synced
+from cdt_runtime.files import replace_synced
 
 _PARTIAL = ".partial"
 _HASH = "content_sha256"
@@ -29,14 +28,10 @@ def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
     """
     _require_finite(path, content.get("model_state_dict", {}))
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{_PARTIAL}")
+    whole = {**content, _HASH: content_sha256(content)}
     try:
-        whole = {**content, _HASH: content_sha256(content)}
-        write_synced(temporary, lambda file: torch.save(whole, file))
-        temporary.replace(path)
-        sync_folder(path.parent)
+        replace_synced(path, lambda file: torch.save(whole, file))
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise CheckpointError(f"{path}: can't be written ({error.strerror})") from error
 
 
@@ -122,9 +117,7 @@ def load_weights(module: torch.nn.Module, state: Mapping[str, Tensor], origin: P
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{_PARTIAL}")
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    replace_synced(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def sweep_partial(folder: Path) -> None:

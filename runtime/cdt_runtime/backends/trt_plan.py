@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,7 @@ from cdt_runtime.backends.shapes import Input
 from cdt_runtime.backends.trt_library import load_tensorrt
 from cdt_runtime.cache import cache_dir
 from cdt_runtime.errors import BackendError
-from cdt_runtime.files import write_synced
+from cdt_runtime.files import replace_synced
 
 BUILD = "build it with cdt-doctor --build BUNDLE"
 
@@ -118,13 +116,9 @@ def write_whole(path: Path, content: bytes) -> None:
     Raises:
         BackendError: the folder can't be written.
     """
-    temporary = path.with_suffix(f".{os.getpid()}.partial")
     try:
-        write_synced(temporary, content)
-        temporary.replace(path)
+        replace_synced(path, content)
     except OSError as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
         raise BackendError(f"{path}: can't be written ({error.strerror}): set CDT_CACHE") from error
 
 

@@ -6,12 +6,14 @@ import os
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import ExitStack
+from itertools import islice
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
 import numpy as np
 
+from cdt_runtime.ct_folder import MAX_FILES
 from cdt_runtime.ct_walk import entries, find_folder, is_regular
 from cdt_runtime.errors import SeriesError, TileError, naming
 from cdt_runtime.sandbox.limits import cpu_seconds
@@ -19,8 +21,6 @@ from cdt_runtime.sandbox.worker import Talk
 
 KEPT = 4
 """Scanned series that are kept for the pixels to be asked for."""
-
-MAX_FILES = 100_000
 
 
 def tile(talk: Talk, path: str, **options: Any) -> None:
@@ -76,16 +76,14 @@ _SCANS = _Scans()
 
 
 def _seconds_of(folder: str) -> float:
-    """Processor time for all files below a folder."""
+    """Processor time for all files below a folder, as many as the scan takes."""
     size, files = 0, 0
     try:
         if (root := find_folder(Path(folder))) is not None:
-            for entry in entries(root):
+            for entry in islice(entries(root), MAX_FILES):
                 files += 1
                 if is_regular(entry):
                     size += entry.stat(follow_symlinks=False).st_size
-                if files > MAX_FILES:
-                    break
     except (SeriesError, OSError):
         pass  # the scan will say what is wrong
     return cpu_seconds(size, files)
