@@ -13,6 +13,7 @@ from cdt_runtime.console import run
 
 if TYPE_CHECKING:
     from cdt_export.weight_only import Quantize
+    from cdt_runtime.bundle import Bundle
 
 EXAMPLES = """
 \b
@@ -21,6 +22,8 @@ Examples:
   cdt-export --int8                         for a CPU: int8 where it gains
   cdt-export --sign private.pem             for cdt-infer --trust public.pem
   cdt-export --checkpoint out/best_model.pt --output engines/lung
+  cdt-export --triton repository            and Triton's model repository
+  cdt-export --bundle engines/lung --triton repository
   cdt-export --encoders medsiglip,path-foundation --quantize int8
 
 \b
@@ -61,6 +64,8 @@ Research use only: not a medical device.
     "--tiles", metavar="DIR", help="CLASS/* tiles: how --encoders change few-shot accuracy."
 )
 @click.option("--sign", metavar="KEY", help="Sign the bundle with this Ed25519 private key (PEM).")
+@click.option("--triton", metavar="DIR", help="Also a model repository of Triton, checked.")
+@click.option("--bundle", metavar="DIR", help="With --triton: of this bundle, without export.")
 @click.option("--data-dir", metavar="DIR", help="Where the training data is now, if it has moved.")
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest in place of the table.")
 @click.version_option(__version__, prog_name="cdt-export")
@@ -74,6 +79,8 @@ def export_command(
     weights: tuple[str, ...],
     tiles: str | None,
     sign: str | None,
+    triton: str | None,
+    bundle: str | None,
     data_dir: str | None,
     as_json: bool,
 ) -> None:
@@ -82,15 +89,26 @@ def export_command(
     The bundle holds the ONNX graphs, the class prototypes and everything that
     cdt-infer needs, each file with its hash.
     """
+    from cdt_runtime.bundle import Bundle
+
     if fp16 and int8:
         raise click.UsageError("--fp16 and --int8: give one, --fp16 for a GPU or --int8 for a CPU")
     if sign and encoders is not None:
         raise click.UsageError("--sign: for bundles, not with --encoders")
+    if triton and encoders is not None:
+        raise click.UsageError("--triton: for bundles, not with --encoders")
+    if bundle is not None:
+        if not triton:
+            raise click.UsageError("--bundle: only with --triton")
+        _write_triton(Bundle.open(bundle), Path(triton), as_json)
+        return
     if encoders is not None:
         _export_encoders(encoders, quantize, weights, tiles, output, as_json)
         return
     if weights or tiles:
         raise click.UsageError("--weights and --tiles: only with --encoders")
+    if triton:
+        import tritonclient  # noqa: F401  missing, it must be said before minutes of work
     from cdt_export.build import export_bundle
     from cdt_export.int8_choice import choice_text
     from cdt_export.report import parity_text
@@ -102,7 +120,7 @@ def export_command(
     trained = load_trained(Path(checkpoint))
     data = "phantom" if trained.info["phantom"] else trained.info["layout"]
     name = f"{data}-{trained.recipe.training.k_shot}shot-{precision}"
-    bundle = export_bundle(
+    made = export_bundle(
         trained,
         Path(output) if output else Path("engines") / name,
         precision=precision,
@@ -111,15 +129,31 @@ def export_command(
         sign=seal,
     )
     if as_json:
-        click.echo(json.dumps(bundle.manifest, indent=1))
+        click.echo(json.dumps(made.manifest, indent=1))
+    else:
+        size = sum(entry["bytes"] for entry in made.manifest["files"].values())
+        click.echo(parity_text(made.manifest["parity"]))
+        if int8:
+            click.echo("\n" + choice_text(made.manifest["int8"]))
+        click.echo(f"\nbundle    {made.path} ({precision}, {size / 1e6:.1f} MB, {made.identity})")
+        click.echo(f"trained   on {made.manifest['training']['data']}")
+        click.echo(f"next      cdt-infer CT_DIR TILE --bundle {made.path}")
+    if triton:
+        _write_triton(made, Path(triton), as_json)
+
+
+def _write_triton(bundle: Bundle, folder: Path, as_json: bool) -> None:
+    """Write a model repository of Triton, and say what it was checked by."""
+    from cdt_export.triton import ENSEMBLE, MAX_BATCH, write_triton
+
+    gaps = write_triton(bundle, folder)
+    if as_json:
+        click.echo(json.dumps({"triton": str(folder), "ensemble_gaps": gaps}))
         return
-    size = sum(entry["bytes"] for entry in bundle.manifest["files"].values())
-    click.echo(parity_text(bundle.manifest["parity"]))
-    if int8:
-        click.echo("\n" + choice_text(bundle.manifest["int8"]))
-    click.echo(f"\nbundle    {bundle.path} ({precision}, {size / 1e6:.1f} MB, {bundle.identity})")
-    click.echo(f"trained   on {bundle.manifest['training']['data']}")
-    click.echo(f"next      cdt-infer CT_DIR TILE --bundle {bundle.path}")
+    told = ", ".join(f"{name} {gap:.1e}" for name, gap in gaps.items())
+    click.echo(f"triton    {folder}: model {ENSEMBLE}, up to {MAX_BATCH} tiles a call")
+    click.echo(f"checked   configurations against graphs; the ensemble's steps: off by {told}")
+    click.echo(f"next      tritonserver --model-repository={folder}")
 
 
 def _export_encoders(

@@ -102,9 +102,12 @@ def infer() -> NoReturn:
 @click.option("--manifest", metavar="FILE", help="A table of patients in place of CT_DIR and TILE.")
 @click.option(
     "--ray",
-    metavar="ADDRESS",
-    help="Rows of a manifest on this Ray cluster; local: on one of this machine.",
+    is_flag=False,
+    flag_value="local",
+    metavar="[ADDRESS]",
+    help="Rows of a manifest on this Ray cluster; without ADDRESS: on one of this machine.",
 )
+@click.option("--parquet", is_flag=True, help="Also the table of answers of --out as Parquet.")
 @click.option(
     "--out",
     metavar="DIR",
@@ -133,6 +136,7 @@ def infer_command(
     as_slide: bool,
     manifest: str | None,
     ray: str | None,
+    parquet: bool,
     out: str | None,
 ) -> None:
     """Classify pathology tiles or a whole slide, with the patient's CT as context.
@@ -172,6 +176,10 @@ def infer_command(
     if ray and (audit or not manifest):
         raise InputError("--ray is for a --manifest, without --audit: a log is of one machine")
     _refuse_combined(coverage, {"--slide": as_slide, "--tta": tta, "--transductive": transductive})
+    if parquet:
+        if not (manifest or as_slide):
+            raise InputError("--parquet is for --manifest and --slide: others print their answers")
+        import pyarrow.parquet  # noqa: F401  missing, it must be said before hours of work
     if z is not None and as_slide:
         raise InputError("--z is for tiles: not with --slide")
     if transductive and (as_slide or card):
@@ -201,13 +209,15 @@ def infer_command(
             no_ct,
             log,
         )
-        sys.exit(_cohort(classifier, Path(manifest), options, ray, out, as_json))
+        sys.exit(_cohort(classifier, Path(manifest), options, ray, out, as_json, parquet))
     context = classifier.context(ct_dir, series_uid=series, allow_resample=allow_resample)
     if coverage and (note := classifier.certificate(_counted(classifier, context)).note):
         click.echo(f"note: {note}", err=True)
     reading: dict[str, Any] = {"channels": names, "fill_missing": fill_missing, "mpp": mpp}
     if as_slide:
-        sys.exit(_slide(classifier, Path(tiles[0]), context, out, reading, as_json, card, log))
+        sys.exit(
+            _slide(classifier, Path(tiles[0]), context, out, reading, as_json, card, log, parquet)
+        )
     reading["z"] = z
     found = _expanded(classifier, tiles, names)
     if card and len(found) != 1:
@@ -279,6 +289,7 @@ def _cohort(
     ray: str | None,
     out: str | None,
     as_json: bool,
+    parquet: bool,
 ) -> int:
     """Answer a table of patients, write the results and print the summary; return the exit code."""
     import json
@@ -298,10 +309,15 @@ def _cohort(
         }
         answer = ray_rows(ray, classifier.bundle.path, asked, options, folder)
     found = cohort.run_cohort(classifier, rows, options, folder, answer)
+    files = [cohort.RESULTS, cohort.TABLE]
+    if parquet or ray:
+        from cdt_runtime.parquet import write_parquet
+
+        files.append(write_parquet(folder / cohort.TABLE, cohort.TEXT_COLUMNS, ("row",)).name)
     for row in found:
         for why in cohort.failures_of(row):
             say(f"row {row['row']}: {why}")
-    summary = {**cohort.summary_of(found), "out": str(folder)}
+    summary = {**cohort.summary_of(found), "out": str(folder), "files": files}
     click.echo(json.dumps(summary) if as_json else cohort.as_text(summary))
     return InputError.exit_code if summary["failed_rows"] else 0
 
@@ -315,6 +331,7 @@ def _slide(
     as_json: bool,
     card: str | None,
     log: AuditLog | None,
+    parquet: bool,
 ) -> int:
     """Classify a slide, write its files and print the summary; return the exit code."""
     import json
@@ -322,11 +339,16 @@ def _slide(
     import tifffile  # noqa: F401  missing, it must be said before hours of work
 
     from cdt_runtime.slides import results
-    from cdt_runtime.slides.job import classify_slide
+    from cdt_runtime.slides.job import TABLE, classify_slide
 
     folder = Path(out) if out else Path(f"{path.name.split('.')[0]}.cdt")
     found = classify_slide(classifier, path, context, folder, **reading)
     summary = results.write_results(found, classifier, context, folder)
+    if parquet:
+        from cdt_runtime.parquet import write_parquet
+
+        made = write_parquet(folder / TABLE, ("label", "reason"), ("row", "column"))
+        summary["files"].append(made.name)
     if log:
         from cdt_runtime.audit import of_slide
 

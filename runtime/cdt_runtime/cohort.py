@@ -3,7 +3,7 @@
     manifest.csv   patient, ct_dir, tiles or slide
     OUT/results.jsonl        a JSON object a row, in the table's order; once all are done
     OUT/results.partial.jsonl  the same while they come, each written whole
-    OUT/answers.csv          a line a tile, for spreadsheets
+    OUT/answers.csv          a line a tile, for spreadsheets; answers.parquet the same on request
     OUT/slides/ROW/          what a slide gives
 
 What a row gives hangs on its inputs, the bundle and the engine alone: no time, and nothing of what
@@ -39,6 +39,8 @@ STATE, GROWING, RESULTS, TABLE = (
     "results.jsonl",
     "answers.csv",
 )
+TEXT_COLUMNS = ("patient", "tile", "label", "reason", "error")
+"""Of `TABLE`, those that hold text."""
 COLUMNS = ("patient", "ct_dir", "tiles", "slide")
 MAX_BYTES = 64 << 20
 MAX_ROWS = 1_000_000
@@ -357,7 +359,9 @@ def as_text(summary: Mapping[str, Any]) -> str:
         counted["unreadable"] = summary["unreadable_tiles"]
     width = max(map(len, counted), default=0)
     lines += [f"    {name:<{width}}  {count:>7}" for name, count in counted.items()]
-    return "\n".join([*lines, "", f"written   {summary['out']}: {RESULTS}, {TABLE}", NOTICE])
+    return "\n".join(
+        [*lines, "", f"written   {summary['out']}: {', '.join(summary['files'])}", NOTICE]
+    )
 
 
 def failures_of(row: Mapping[str, Any]) -> list[str]:

@@ -7,6 +7,7 @@ to the process that asked, which keeps it. Paths and the bundle must be the same
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -75,8 +76,12 @@ def ray_rows(
         InputError: there is no such cluster.
         ModuleNotFoundError: Ray is not installed.
     """
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # read when it is imported
     import ray
+    import ray.data
 
+    for handler in logging.getLogger("ray.data").handlers:
+        handler.setLevel(logging.ERROR)
     quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
     try:
         if address == LOCAL:

@@ -26,11 +26,12 @@ _OPTIONAL = frozenset(
         "tensorboard",
         "onnx",
         "onnxscript",
-        "cyclonedx",
-        "ray",
     }
 )
-"""Modules that an extra brings; all others belong to the base."""
+"""Modules that the extra of a command brings."""
+
+_EXTRAS = {"cyclonedx": "sbom", "pyarrow": "parquet", "ray": "ray", "tritonclient": "triton"}
+"""Modules that an extra of their own brings. All that are in neither belong to the base."""
 
 
 class PlaneChoice(click.ParamType[int | str]):
@@ -73,9 +74,9 @@ def run(
         sys.exit(2)
     except ModuleNotFoundError as error:
         name = (error.name or "").partition(".")[0]
-        if name not in _OPTIONAL:
+        if name not in _OPTIONAL | _EXTRAS.keys():
             raise
-        fail(missing(name, extra))
+        fail(missing(name, _EXTRAS.get(name, extra)))
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted", err=True)
         sys.exit(130)

@@ -39,7 +39,7 @@ Research use only: not a medical device.
 def doctor() -> NoReturn:
     """Entry point of `cdt-doctor`."""
     if sys.argv[1:] and sys.argv[1] in OTHERS:
-        run(OTHERS[sys.argv[1]], sys.argv[2:], extra="sbom")
+        run(OTHERS[sys.argv[1]], sys.argv[2:])
     run(doctor_command)
 
 
