@@ -24,6 +24,7 @@ from cdt_runtime.classifier import FewShotClassifier
 from cdt_runtime.errors import InputError
 from cdt_runtime.prediction import Context, Prediction
 from cdt_runtime.prototypes import TENSORS
+from cdt_runtime.slides.dicom_wsi import slide_files
 from cdt_runtime.tile_stream import Failure
 
 FIRST = "0" * 64
@@ -147,11 +148,21 @@ def of_slide(
         classifier: that answered.
         context: the CT's, or none.
     """
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = _digest_of(slide_files(path))
     counts = {name: summary[name] for name in ("tiles", "labels", "abstained", "reasons")}
     unread = {"unreadable": summary["unreadable"], "warnings": len(summary["warnings"])}
     return {**_by(classifier, context), "input": digest, **counts, **unread}
+
+
+def _digest_of(files: Sequence[Path]) -> str:
+    """Hash of a file's content; of several that of their hashes."""
+    digests = []
+    for one in files:
+        with one.open("rb") as file:
+            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return (
+        digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+    )
 
 
 def of_change(

@@ -12,7 +12,7 @@ hangs or takes all memory (see `cdt_runtime.sandbox`).
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -108,6 +108,17 @@ class ScannedSeries:
             self._subject, "means", state=self.state, shape=list(shape), **self._options
         )
         return means
+
+    def references(self) -> list[dict[str, Any]]:
+        """Return what a report has to repeat of the header of each file, in DICOM's JSON.
+
+        It holds the patient's name: it goes into DICOM reports, and nowhere else.
+
+        Raises:
+            SeriesError: a file changed since the scan.
+        """
+        facts, _ = SANDBOX.ask(self._subject, "references", state=self.state, **self._options)
+        return list(facts["references"])
 
     def volume(self) -> Volume:
         """Decode it whole.
@@ -217,6 +228,8 @@ class Slide:
         bits: significant bits of an integer sample, 32 for float.
         mpp: microns a pixel of the finest level, or None where the file does not say.
         warnings: one line each.
+        references: of a slide in DICOM, the headers of its files that a report repeats, in DICOM's
+            JSON; they hold the patient's name.
     """
 
     source: str
@@ -225,6 +238,7 @@ class Slide:
     bits: int
     mpp: float | None
     warnings: tuple[str, ...]
+    references: Sequence[Mapping[str, Any]] = field(repr=False)
     _talk: Talk = field(repr=False)
 
     def small_copy(self, glass: int) -> Small:
@@ -269,10 +283,10 @@ class Slide:
 
 @contextmanager
 def open_slide(path: Path, channels: Sequence[str] | None = None) -> Iterator[Slide]:
-    """Open a slide: OME-TIFF, SVS or any other TIFF in tiles or strips.
+    """Open a slide: OME-TIFF, SVS, any other TIFF in tiles or strips, or one in DICOM.
 
     Args:
-        path: the file.
+        path: the file; of a slide in DICOM the folder of its files, or one of them.
         channels: names for the channels of a file that has none.
 
     Raises:
@@ -289,6 +303,7 @@ def open_slide(path: Path, channels: Sequence[str] | None = None) -> Iterator[Sl
             facts["bits"],
             facts["mpp"],
             tuple(facts["warnings"]),
+            facts["references"],
             talk,
         )
 

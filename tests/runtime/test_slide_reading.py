@@ -24,10 +24,11 @@ from cdt_runtime.preprocess import Preprocess, area_resize
 from cdt_runtime.reading import level_for, open_slide
 from cdt_runtime.slides import regions as regions_module
 from cdt_runtime.slides.ahead import ahead
+from cdt_runtime.slides.box import Box
 from cdt_runtime.slides.cutting import tiles_ahead
 from cdt_runtime.slides.grid import STRIP, grid_of, reading_order, tissue_shares
 from cdt_runtime.slides.pyramid import Pyramid, open_pyramid
-from cdt_runtime.slides.regions import Box, Regions
+from cdt_runtime.slides.regions import Regions
 from cdt_runtime.slides.stream import Reading, tile_batches
 from cdt_runtime.slides.tissue import Small, block_means, otsu, small_copy, tissue_mask
 
@@ -202,7 +203,7 @@ def test_the_coarsest_level_that_shows_enough_is_read(
 def test_a_slide_that_is_none_is_refused_in_one_line(tmp_path: Path) -> None:
     text = tmp_path / "notes.svs"
     text.write_text("a note")
-    with pytest.raises(TileError, match=r"^notes.svs: is not a TIFF slide \(OME-TIFF, SVS, tiled"):
+    with pytest.raises(TileError, match=r"^notes.svs: is no slide in TIFF \(OME-TIFF, SVS, tiled"):
         _opened(text)
     with pytest.raises(TileError, match=r"^gone.svs: no such file$"):
         _opened(tmp_path / "gone.svs")

@@ -162,11 +162,25 @@ def volume(talk: Talk, folder: str, state: str, **options: Any) -> None:
         talk.say(facts, [found.hu])
 
 
+def references(talk: Talk, folder: str, state: str, **options: Any) -> None:
+    """Read of a scanned series what a report has to repeat of the header of each file."""
+    from cdt_runtime.dicom_quiet import quiet
+    from cdt_runtime.dicom_references import read_reference
+
+    seconds = _seconds_of(folder)
+    talk.expect(seconds)
+    with talk.limits.granted(seconds), quiet():
+        series = _found_again(folder, options, state)
+        paths = dict.fromkeys(frame.file.path for frame in series.frames)
+        talk.say({"references": [read_reference(Path(path)) for path in paths]})
+
+
 def slide(talk: Talk, path: str, channels: list[str] | None) -> None:
     """Open a slide: its facts, and then as often as wished a small copy or its tiles."""
     from cdt_runtime.slides.pyramid import open_pyramid
 
-    seconds = cpu_seconds(*_size_of(Path(path)))
+    is_folder = Path(path).is_dir()
+    seconds = _seconds_of(path) if is_folder else cpu_seconds(*_size_of(Path(path)))
     talk.expect(seconds)
     with ExitStack() as opened:
         with talk.limits.granted(seconds):
@@ -179,6 +193,7 @@ def slide(talk: Talk, path: str, channels: list[str] | None) -> None:
                 "bits": pyramid.bits,
                 "mpp": pyramid.mpp,
                 "warnings": pyramid.warnings,
+                "references": pyramid.references,
             }
         )
         while True:
@@ -207,7 +222,7 @@ def _tiles(
 ) -> None:
     """Send the pixels of tiles, `size` of them a message, each message asked for by the other."""
     from cdt_runtime.slides.cutting import tiles_ahead
-    from cdt_runtime.slides.regions import Regions
+    from cdt_runtime.slides.regions import open_regions
 
     talk.expect(seconds)
     pixels: list[Any] = []
@@ -221,7 +236,7 @@ def _tiles(
         lost.clear()
 
     with naming(pyramid.source):
-        regions = Regions(pyramid.levels[level], glass)
+        regions = open_regions(pyramid.levels[level], glass)
     with regions:
         for box in tiles_ahead(regions, side, np.array(places, np.int64).reshape(-1, 2)):
             try:
@@ -242,5 +257,6 @@ JOBS: dict[str, Callable[..., None]] = {
     "scan": scan,
     "means": means,
     "volume": volume,
+    "references": references,
     "slide": slide,
 }

@@ -7,14 +7,16 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
+from cdt_runtime.slides.box import Box
+from cdt_runtime.slides.dicom_wsi import DicomRegions
 from cdt_runtime.slides.grid import STRIP, tile_box
-from cdt_runtime.slides.regions import Box, Regions
+from cdt_runtime.slides.regions import Regions
 
 Places = NDArray[np.int64]
 Place = tuple[int, int]
 
 
-def tiles_ahead(regions: Regions, side: float, places: Places) -> Iterator[Box]:
+def tiles_ahead(regions: Regions | DicomRegions, side: float, places: Places) -> Iterator[Box]:
     """Give the boxes of tiles one by one; what the next row of tiles needs is decoded meanwhile.
 
     Args:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from cdt_runtime.errors import TileError
 from cdt_runtime.preprocess import area_resize
-from cdt_runtime.slides.regions import Box
+from cdt_runtime.slides.box import Box
 from cdt_runtime.slides.tissue import Mask, Small
 
 if TYPE_CHECKING:

@@ -21,6 +21,7 @@ from cdt_runtime.preprocess import Preprocess
 from cdt_runtime.progress import Progress
 from cdt_runtime.reading import Slide, level_for, open_slide
 from cdt_runtime.slides.ahead import ahead
+from cdt_runtime.slides.dicom_wsi import slide_files
 from cdt_runtime.slides.grid import Grid, grid_of, reading_order, tissue_shares
 from cdt_runtime.slides.stream import Batch, Reading, tile_batches
 from cdt_runtime.slides.table import BLANK, LOW, TileAnswer, TileTable
@@ -194,9 +195,10 @@ def _state(
     classifier: FewShotClassifier, path: Path, context: Context, plan: Plan
 ) -> dict[str, Any]:
     """All that the answers hang on."""
-    facts = path.stat()
+    facts = [file.stat() for file in slide_files(path)]
+    size, changed = sum(one.st_size for one in facts), max(one.st_mtime_ns for one in facts)
     return {
-        "slide": [path.name, facts.st_size, facts.st_mtime_ns],
+        "slide": [path.name, size, changed],
         "bundle": classifier.bundle.identity,
         "engine": [classifier.engine, classifier.precision, classifier.tta],
         "ct": context.key,

@@ -6,9 +6,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from cdt_runtime.errors import TileError, naming
 from cdt_runtime.printable import counted, last_part
+from cdt_runtime.slides.dicom_wsi import DicomLevel, DicomSlide, is_dicom_slide, open_dicom_slide
 from cdt_runtime.tiff import channel_names, check_photometric, stated_mpp
 from cdt_runtime.tiff_ifd import Ifd, scan, sub_directories
 from cdt_runtime.tiff_meta import Layout, layout
@@ -43,6 +47,14 @@ class Level:
         """Pixels."""
         return self.pages[0].width
 
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of its samples."""
+        return self.pages[0].dtype
+
+
+AnyLevel = Level | DicomLevel
+
 
 @dataclass(frozen=True, eq=False)
 class Pyramid:
@@ -55,6 +67,7 @@ class Pyramid:
         bits: significant bits of an integer sample, 32 for float.
         mpp: microns a pixel of the finest level, or None where the file does not say.
         warnings: one line each.
+        references: what a report needs to refer to it; nothing, for it is not in DICOM.
     """
 
     source: str
@@ -63,20 +76,27 @@ class Pyramid:
     bits: int
     mpp: float | None
     warnings: tuple[str, ...]
+    references: tuple[()] = ()
 
 
 @contextmanager
-def open_pyramid(path: Path, channels: Sequence[str] | None = None) -> Iterator[Pyramid]:
-    """Open a slide: OME-TIFF, SVS or any other TIFF in tiles or strips.
+def open_pyramid(
+    path: Path, channels: Sequence[str] | None = None
+) -> Iterator[Pyramid | DicomSlide]:
+    """Open a slide: OME-TIFF, SVS, any other TIFF in tiles or strips, or one in DICOM.
 
     Args:
-        path: the file.
+        path: the file; of a slide in DICOM the folder of its files, or one of them.
         channels: names for the channels of a file that has none.
 
     Raises:
         TileError: it can't be used; the message names the file, the fault and the cure.
     """
     name = last_part(path)
+    if is_dicom_slide(path):
+        with naming(name), open_dicom_slide(path) as slide:
+            yield slide
+        return
     try:
         file = path.open("rb")
     except FileNotFoundError as error:
@@ -86,7 +106,7 @@ def open_pyramid(path: Path, channels: Sequence[str] | None = None) -> Iterator[
     with file:
         with naming(name):
             if file.read(4) not in _MAGIC:
-                raise TileError("is not a TIFF slide (OME-TIFF, SVS, tiled TIFF): convert it")
+                raise TileError("is no slide in TIFF (OME-TIFF, SVS, tiled) or DICOM: convert it")
             pyramid = _parse(name, scan(file), channels)
         yield pyramid
 

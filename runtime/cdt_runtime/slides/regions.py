@@ -11,19 +11,12 @@ from numpy.typing import NDArray
 
 from cdt_runtime.cores import available_cores
 from cdt_runtime.errors import TileError
-from cdt_runtime.slides.pyramid import Level
+from cdt_runtime.slides.box import Box
+from cdt_runtime.slides.dicom_wsi import DicomLevel, DicomRegions
+from cdt_runtime.slides.pyramid import AnyLevel, Level
 from cdt_runtime.tiff_page import Page, decode_segment, read_segment, segment_shape, segment_spans
 
 Pixels = NDArray[Any]
-
-
-class Box(NamedTuple):
-    """A region of a level, in its pixels."""
-
-    top: int
-    left: int
-    height: int
-    width: int
 
 
 class _Key(NamedTuple):
@@ -133,6 +126,11 @@ class Regions:
         top, left = key.row * page.segment[0], key.column * page.segment[1]
         data = read_segment(page, top, left, (offset, count))
         return self._pool.submit(decode_segment, page, top, left, data)
+
+
+def open_regions(level: AnyLevel, glass: int) -> Regions | DicomRegions:
+    """Begin to read a level; `Regions` says how."""
+    return level.regions(glass) if isinstance(level, DicomLevel) else Regions(level, glass)
 
 
 def _place(page: Page, key: _Key) -> int:

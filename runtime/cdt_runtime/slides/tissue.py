@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cdt_runtime.slides.pyramid import Level, Pyramid
-from cdt_runtime.slides.regions import Box, Regions
+from cdt_runtime.slides.box import Box
+from cdt_runtime.slides.dicom_wsi import DicomRegions, DicomSlide
+from cdt_runtime.slides.pyramid import AnyLevel, Pyramid
+from cdt_runtime.slides.regions import Regions, open_regions
 from cdt_runtime.tile import RGB
 
 Mask = NDArray[np.bool_]
@@ -48,7 +51,7 @@ class Small:
     damaged: Mask
 
 
-def small_copy(pyramid: Pyramid, glass: int, side: int = SIDE) -> Small:
+def small_copy(pyramid: Pyramid | DicomSlide, glass: int, side: int = SIDE) -> Small:
     """Average blocks of whole pixels of the coarsest level that is not smaller than the copy.
 
     Args:
@@ -56,15 +59,14 @@ def small_copy(pyramid: Pyramid, glass: int, side: int = SIDE) -> Small:
         glass: value of samples where nothing is stored.
         side: most pixels of the copy's longer side.
     """
-    finest = pyramid.levels[0]
-    level = next(
-        (one for one in reversed(pyramid.levels) if max(one.height, one.width) >= side), finest
-    )
+    levels: Sequence[AnyLevel] = pyramid.levels
+    finest = levels[0]
+    level = next((one for one in reversed(levels) if max(one.height, one.width) >= side), finest)
     factor = math.ceil(max(level.height, level.width) / side)
     height, width = math.ceil(level.height / factor), math.ceil(level.width / factor)
     pixels = np.empty((height, width, len(pyramid.channels)), np.float32)
     damaged = np.zeros((height, width), bool)
-    with Regions(level, glass) as regions:
+    with open_regions(level, glass) as regions:
         for start in range(0, height, BLOCK):
             rows = slice(start, min(start + BLOCK, height))
             _reduce_rows(regions, level, factor, rows, pixels, damaged)
@@ -122,7 +124,12 @@ def otsu(values: NDArray[Any]) -> float:
 
 
 def _reduce_rows(
-    regions: Regions, level: Level, factor: int, rows: slice, into: Float, damaged: Mask
+    regions: Regions | DicomRegions,
+    level: AnyLevel,
+    factor: int,
+    rows: slice,
+    into: Float,
+    damaged: Mask,
 ) -> None:
     """Average blocks of `factor` pixels, some rows of them, a part of the width at a time."""
     top, bottom = rows.start * factor, min(rows.stop * factor, level.height)
@@ -167,8 +174,8 @@ def _mark(damaged: Mask, segment: Box, factor: int) -> None:
     damaged[rows, segment.left // factor : math.ceil(right / factor)] = True
 
 
-def _top(level: Level, bits: int) -> float:
-    return 1.0 if level.pages[0].dtype.kind == "f" else float(2**bits - 1)
+def _top(level: AnyLevel, bits: int) -> float:
+    return 1.0 if level.dtype.kind == "f" else float(2**bits - 1)
 
 
 def _smoothed(mask: Mask) -> Mask:
