@@ -41,7 +41,7 @@ FORBIDDEN = {
 }
 ALLOWED = {
     # The heat map's writer, and its absence said before the work: with the `wsi` extra alone.
-    "runtime/cdt_runtime/cli.py": {"tifffile"},
+    "runtime/cdt_runtime/infer_run.py": {"tifffile"},
     "runtime/cdt_runtime/slides/heatmap.py": {"tifffile"},
     # `cdt-train convert`, once: with the `tensorflow` extra alone.
     "train/cdt_train/encoders/saved_model.py": {"onnx"},

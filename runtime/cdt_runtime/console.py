@@ -30,7 +30,13 @@ _OPTIONAL = frozenset(
 )
 """Modules that the extra of a command brings."""
 
-_EXTRAS = {"cyclonedx": "sbom", "pyarrow": "parquet", "ray": "ray", "tritonclient": "triton"}
+_EXTRAS = {
+    "cyclonedx": "sbom",
+    "highdicom": "dicom",
+    "pyarrow": "parquet",
+    "ray": "ray",
+    "tritonclient": "triton",
+}
 """Modules that an extra of their own brings. All that are in neither belong to the base."""
 
 

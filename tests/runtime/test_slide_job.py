@@ -297,7 +297,8 @@ def test_slides_that_can_not_be_used(
         part: "part.ome.tif: shows 128 x 50 microns, a tile 128: classify it as a tile, without "
         "--slide",
         rgb: "he.svs: has the channels R, G, B, the model expects DAPI, ",
-        tmp_path / "x.svs": "x.svs: is no slide in TIFF (OME-TIFF, SVS, tiled) or DICOM: convert it",
+        tmp_path
+        / "x.svs": "x.svs: is no slide in TIFF (OME-TIFF, SVS, tiled) or DICOM: convert it",
     }
     for path, said in expected.items():
         code, out, err = infer("--no-ct", path, "--slide")

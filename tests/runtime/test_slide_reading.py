@@ -208,7 +208,7 @@ def test_a_slide_that_is_none_is_refused_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(TileError, match=r"^gone.svs: no such file$"):
         _opened(tmp_path / "gone.svs")
     (tmp_path / "folder").mkdir()
-    with pytest.raises(TileError, match=r"^folder: can't be read \(Is a directory\)"):
+    with pytest.raises(TileError, match=r"^folder: is a folder without DICOM files \(0 files seen"):
         _opened(tmp_path / "folder")
 
 
