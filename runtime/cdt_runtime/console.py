@@ -32,10 +32,14 @@ _OPTIONAL = frozenset(
 
 _EXTRAS = {
     "cyclonedx": "sbom",
+    "fastapi": "serve",
     "highdicom": "dicom",
+    "prometheus_client": "serve",
     "pyarrow": "parquet",
     "ray": "ray",
+    "swagger_ui_bundle": "serve",
     "tritonclient": "triton",
+    "uvicorn": "serve",
 }
 """Modules that an extra of their own brings. All that are in neither belong to the base."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import datetime
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +202,27 @@ def write_change(bundle: Bundle, change: Change, sign: Sign | None = None) -> Bu
         {VERSIONS: [*known, latest]},
         sign,
     )
+
+
+def facts_of(change: Change, bundle: Bundle, *, written: bool) -> dict[str, Any]:
+    """Say what a change does, as `cdt-enroll --json` prints it."""
+    before, after = change.found
+    return {
+        "what": change.what,
+        "written": written,
+        "bundle": bundle.identity,
+        "path": str(bundle.path),
+        "tiles_before": change.before.counts(),
+        "tiles": change.after.counts(),
+        "left_out_accuracy_before": before.accuracy,
+        "left_out_accuracy": after.accuracy,
+        "left_out_tiles": after.tested,
+        "mislabelled": [
+            {"tile": change.name_of(one.place), **asdict(one)} for one in after.doubtful
+        ],
+        "too_close": [asdict(one) for one in after.close],
+        "copies": [[change.name_of(place) for place in pair] for pair in after.copies],
+    }
 
 
 def undo(bundle: Bundle, sign: Sign | None = None) -> Bundle:

@@ -16,7 +16,6 @@ from cdt_runtime.errors import InputError
 
 if TYPE_CHECKING:
     from cdt_runtime.bundle import Bundle
-    from cdt_runtime.enroll import Change
     from cdt_runtime.signing import Sign
     from cdt_runtime.tiff_meta import Z
 
@@ -109,6 +108,7 @@ def enroll_command(
     from cdt_runtime.enroll import (
         adapting,
         adding,
+        facts_of,
         listed_tiles,
         new_tiles,
         removing,
@@ -135,7 +135,7 @@ def enroll_command(
     if log and not dry_run:
         what = "remove" if remove else "adapt" if adapt else "enroll"
         log(what, opened, changed, new_tiles(change))
-    facts = _facts(change, changed, dry_run)
+    facts = facts_of(change, changed, written=not dry_run)
     if drift:
         facts["drift"] = asdict(drift)
     if as_json:
@@ -188,27 +188,6 @@ def _show(bundle: Bundle, as_json: bool) -> None:
     width = max(map(len, tiles))
     click.echo("\n" + "\n".join(f"{name:{width}}  {count} tiles" for name, count in tiles.items()))
     click.echo(f"\nbundle    {bundle.path} ({bundle.identity})")
-
-
-def _facts(change: Change, bundle: Bundle, dry_run: bool) -> dict[str, Any]:
-    """What a change does, as `--json` prints it."""
-    before, after = change.found
-    return {
-        "what": change.what,
-        "written": not dry_run,
-        "bundle": bundle.identity,
-        "path": str(bundle.path),
-        "tiles_before": change.before.counts(),
-        "tiles": change.after.counts(),
-        "left_out_accuracy_before": before.accuracy,
-        "left_out_accuracy": after.accuracy,
-        "left_out_tiles": after.tested,
-        "mislabelled": [
-            {"tile": change.name_of(one.place), **asdict(one)} for one in after.doubtful
-        ],
-        "too_close": [asdict(one) for one in after.close],
-        "copies": [[change.name_of(place) for place in pair] for pair in after.copies],
-    }
 
 
 def _text(facts: dict[str, Any]) -> str:
