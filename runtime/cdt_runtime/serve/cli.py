@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import socket
+from collections.abc import Sequence
 from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
 
 VARIABLE = "CDT_SERVE_TOKEN"
 LEAST_TOKEN = 16
+BACKLOG = 512
+"""Connections that may wait to be taken."""
+
+OPEN_DOOR = "not encrypted, and open to other machines: put a proxy before it that speaks TLS"
 
 EXAMPLES = f"""
 \b
@@ -120,10 +125,14 @@ def serve_command(
         )
         shown, bound = door.getsockname()[:2]
         where = f"http://{f'[{shown}]' if ':' in shown else shown}:{bound}/"
-        if not _is_loopback(shown):
-            click.echo("note: not encrypted, and open to other machines: use a TLS proxy", err=True)
-        click.echo(f"listening on {where}{f'#token={token}' if is_new else ''}", err=True)
-        listen(service, door, lambda note: click.echo(f"note: {one_line(note)}", err=True))
+
+        def ready(notes: Sequence[str]) -> None:
+            known = () if _is_loopback(shown) else (OPEN_DOOR,)
+            for note in (*notes, *known):
+                click.echo(f"note: {one_line(note)}", err=True)
+            click.echo(f"listening on {where}{f'#token={token}' if is_new else ''}", err=True)
+
+        listen(service, door, ready)
 
 
 def _token(path: str | None) -> tuple[str, bool]:
@@ -153,17 +162,14 @@ def _bound(host: str, port: int) -> socket.socket:
         InputError: the address is not of this machine, or the port is taken.
     """
     try:
-        family, kind, proto, _, address = socket.getaddrinfo(
+        family, _, _, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-        door = socket.socket(family, kind, proto)
-        door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        door.bind(address)
+        return socket.create_server(address[:2], family=family, backlog=BACKLOG)
     except OSError as error:
         raise InputError(
             f"--host {host} --port {port}: can't listen there ({error.strerror}): give another"
         ) from error
-    return door
 
 
 def _is_loopback(address: str) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,13 +42,13 @@ class Service:
     precision: Precision
 
 
-def listen(service: Service, door: socket.socket, note: Callable[[str], None]) -> None:
+def listen(service: Service, door: socket.socket, ready: Callable[[Sequence[str]], None]) -> None:
     """Answer requests until SIGTERM or SIGINT.
 
     Args:
         service: what to serve.
-        door: bound socket.
-        note: is told what a user should know of the engine.
+        door: socket that connections come to already.
+        ready: is called once requests are answered, with what a user should know of the engine.
 
     Raises:
         CdtError: the bundle can't be used.
@@ -61,8 +61,6 @@ def listen(service: Service, door: socket.socket, note: Callable[[str], None]) -
         precision=service.precision,
         trust=Path(service.trust) if service.trust else None,
     )
-    for text in classifier.notes:
-        note(text)
     metrics = Metrics()
     engine = Engine(classifier, Scans(service.scans), metrics, log)
     limits = Limits(service.max_bytes, service.seconds, service.at_once)
@@ -78,4 +76,5 @@ def listen(service: Service, door: socket.socket, note: Callable[[str], None]) -
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=GRACE_S,
     )
+    ready(classifier.notes)
     uvicorn.Server(config).run(sockets=[door])
