@@ -30,7 +30,7 @@ from cdt_runtime.bundle import newest_bundle
 from cdt_train.data.phantom import write_phantom
 
 sys.path.append(str(ROOT / "tests" / "runtime"))
-from served import Served, serving  # noqa: E402
+from served import Served, serving
 
 CLIENTS = 8
 BACKEND = "onnxruntime"
