@@ -248,6 +248,13 @@ class FewShotClassifier:
         """Return what the path encoder says of tiles, `(B, N, C)`: what a support set keeps."""
         return np.concatenate([self._tokens(batch) for batch in _batches(inputs, self.batch_size)])
 
+    def embed_arrays(
+        self, tiles: NDArray[Any], context: Context, features: Float | None = None
+    ) -> Float:
+        """Embed tile inputs `(B, M, S, S)`, as `classify` takes them; returns `(B, E)`."""
+        said = self._run(self._session("path_encoder"), _named(tiles, features), {})
+        return self.embed_tokens(said["tile_tokens"], context)
+
     def transduce(self, tiles: Sequence[TileInput], context: Context) -> int:
         """Draw the prototypes towards the tiles that are about to be classified, in memory.
 

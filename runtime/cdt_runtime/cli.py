@@ -64,6 +64,11 @@ def infer() -> NoReturn:
 @click.option(
     "--dicom-sr", metavar="FILE", help="Also a DICOM structured report that cites CT and slide."
 )
+@click.option(
+    "--embeddings",
+    metavar="FILE",
+    help="Also the embeddings as AnnData, .h5ad or .zarr; of a slide with places.",
+)
 @click.option("--codes", metavar="CSV", help="Codes of classes in it: class,value,scheme,meaning.")
 @click.option("--trust", metavar="KEY", help="Refuse a bundle that this public key did not sign.")
 @click.option("--audit", metavar="FILE", help="Also a line an answer in an append-only log.")

@@ -31,6 +31,7 @@ _OPTIONAL = frozenset(
 """Modules that the extra of a command brings."""
 
 _EXTRAS = {
+    "anndata": "anndata",
     "cyclonedx": "sbom",
     "fastapi": "serve",
     "highdicom": "dicom",

@@ -28,6 +28,7 @@ class Asked:
     coverage: float | None
     card: str | None
     dicom_sr: str | None
+    embeddings: str | None
     codes: str | None
     trust: str | None
     audit: str | None
@@ -124,6 +125,7 @@ class Asked:
             "--card": self.card,
             "--dicom-sr": self.dicom_sr,
             "--codes": self.codes,
+            "--embeddings": self.embeddings,
             "--audit": self.audit,
             "--trust": self.trust,
             "--manifest": self.manifest,
@@ -140,6 +142,7 @@ class Asked:
             "--series": self.series,
             "--card": self.card,
             "--dicom-sr": self.dicom_sr,
+            "--embeddings": self.embeddings,
             "--transductive": self.transductive,
             "--coverage": self.coverage,
         }

@@ -68,6 +68,10 @@ def _require_parts(asked: Asked) -> None:
     """Missing, it must be said before hours of work."""
     if asked.dicom_sr:
         import highdicom  # noqa: F401
+    if asked.embeddings:
+        from cdt_runtime.anndata_file import check_target
+
+        check_target(Path(asked.embeddings))
     if asked.parquet:
         import pyarrow  # noqa: F401
     if asked.as_slide:
@@ -166,6 +170,14 @@ class _Run:
         if self.log:
             self.log.append(of_slide(path, summary, self.classifier, self.context))
         self._report(summary, found.plan.slide.references)
+        if asked.embeddings:
+            from cdt_runtime.embeddings import write_slide_embeddings
+
+            target = Path(asked.embeddings)
+            write_slide_embeddings(
+                target, self.classifier, path, self.context, found, **asked.reading
+            )
+            click.echo(f"embeddings: {target}", err=True)
         text = (
             json.dumps(summary, ensure_ascii=False) if asked.as_json else results.as_text(summary)
         )
@@ -203,6 +215,12 @@ class _Run:
             usable = [one for one in inputs if not isinstance(one, Failure)]
             used = classifier.transduce(usable, self.context)
             click.echo(f"note: classes drawn towards {used} tiles", err=True)
+        embedded = None
+        if asked.embeddings:
+            from cdt_runtime.embeddings import Embedded
+
+            embedded = Embedded(classifier, self.context)
+            inputs = embedded.passing(inputs)
         code, last = 0, None
         told: list[Prediction] = []
         outcomes: Counter[str] = Counter()
@@ -217,6 +235,8 @@ class _Run:
                     click.echo(report.failure_as_json(answer.tile, one_line(answer.error)))
                 continue
             last = answer
+            if embedded is not None:
+                embedded.add(answer)
             told += [answer] if asked.dicom_sr else []
             outcomes[(answer.reason or "answered").split(":")[0]] += 1
             as_text = report.as_text(answer)
@@ -225,6 +245,9 @@ class _Run:
             click.echo("\n" + report.context_text(classifier, last, outcomes))
         if told:
             self._report(told, ())
+        if embedded is not None:
+            embedded.write(Path(str(asked.embeddings)))
+            click.echo(f"embeddings: {asked.embeddings}", err=True)
         return code
 
     def _report(self, answer: Sequence[Prediction] | Mapping[str, Any], slide: References) -> None:

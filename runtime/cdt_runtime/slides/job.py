@@ -23,7 +23,7 @@ from cdt_runtime.reading import Slide, level_for, open_slide
 from cdt_runtime.slides.ahead import ahead
 from cdt_runtime.slides.dicom_wsi import slide_files
 from cdt_runtime.slides.grid import Grid, grid_of, reading_order, tissue_shares
-from cdt_runtime.slides.stream import Batch, Reading, tile_batches
+from cdt_runtime.slides.stream import Batch, Float, Place, Reading, tile_batches
 from cdt_runtime.slides.table import BLANK, LOW, TileAnswer, TileTable
 from cdt_runtime.slides.tissue import Small, tissue_mask
 from cdt_runtime.tile import RGB, channel_places
@@ -165,6 +165,35 @@ def classify_slide(
     if (out / GROWING).exists():
         table.finish(answers, out / TABLE)
     return SlideAnswers(plan, tuple(answers), resumed)
+
+
+def embed_slide(
+    classifier: FewShotClassifier,
+    path: Path,
+    context: Context,
+    *,
+    mpp: float | None = None,
+    channels: Sequence[str] | None = None,
+    fill_missing: bool = False,
+) -> Iterator[tuple[tuple[Place, ...], Float]]:
+    """Embed every tile of a slide that shows tissue and can be read; the slide is read for it.
+
+    Args: as `classify_slide`.
+
+    Yields:
+        Row and column of some tiles, and their embeddings `(B, E)`.
+    """
+    if classifier.prototypes.ct_off:
+        context = classifier.context(None)
+    with open_slide(path, channels) as slide:
+        plan = plan_slide(slide, classifier.preprocess, mpp=mpp, fill_missing=fill_missing)
+        progress = Progress("tiles", len(plan.places), 0)
+        for batch in _batches(classifier, plan, 0):
+            progress.add(len(batch.places) + len(batch.failures))
+            if batch.tiles is not None:
+                features = classifier.hear(batch.images, len(batch.places))
+                yield batch.places, classifier.embed_arrays(batch.tiles, context, features)
+        progress.close()
 
 
 def _scales(
