@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -68,7 +69,8 @@ def write_anndata(
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial{path.suffix}")
     try:
         if path.suffix == ".zarr":
-            with anndata.settings.override(zarr_write_format=3):
+            with anndata.settings.override(zarr_write_format=3), warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # of what later versions will do
                 table.write_zarr(temporary)
             _remove(path)
         else:
