@@ -16,7 +16,7 @@ from cdt_export.parity import HeldOut
 from cdt_runtime.cache import TokenCache
 from cdt_runtime.encoder_card import EncoderCard
 from cdt_runtime.encoders import Encode, Encoders
-from cdt_runtime.errors import DatasetError
+from cdt_runtime.errors import DatasetError, ExportError
 from cdt_train.config import Recipe
 from cdt_train.data import TileDataset, read_dataset
 from cdt_train.data.arrays import CtArrays, TileArrays, load_ct, load_tiles
@@ -102,6 +102,12 @@ def open_data(trained: Trained, data_dir: Path | None) -> TrainingData:
     Raises:
         DatasetError: it is gone, or its tiles are missing or labelled otherwise.
     """
+    if trained.info["split"] is None:
+        raise ExportError(
+            "the model was saved without its split: cdt-train save-pretrained --with-names keeps it"
+        )
+    if data_dir is None and trained.info["data_dir"] is None:
+        raise ExportError("where is the training data? give --data-dir")
     folder = data_dir or Path(trained.info["data_dir"])
     if not folder.exists():
         raise DatasetError(

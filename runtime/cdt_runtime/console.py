@@ -33,6 +33,7 @@ _OPTIONAL = frozenset(
 _EXTRAS = {
     "anndata": "anndata",
     "cyclonedx": "sbom",
+    "dicomweb_client": "dicom",
     "fastapi": "serve",
     "highdicom": "dicom",
     "prometheus_client": "serve",

@@ -26,6 +26,7 @@ Other commands; each has --help:
   cdt-train finetune DATA --layout NAME    a backbone on labelled images
   cdt-train compare DATA --layout NAME     pretrained starts, with controls
   cdt-train encoders                       which foundation encoders are here
+  cdt-train save-pretrained MODEL DIR      for the Hugging Face hub, with a card
   cdt-train convert path-foundation DIR    SavedModel to ONNX, once
   cdt-train zero-shot TILE --class A=TEXT  classes in words, by MedSigLIP
   cdt-train describe CT_DIR                a CT in words, by MedGemma
@@ -48,6 +49,7 @@ COMMANDS = {
     "finetune": "cdt_train.cli_finetune:finetune_command",
     "compare": "cdt_train.cli_finetune:compare_command",
     "encoders": "cdt_train.cli_encoders:encoders_command",
+    "save-pretrained": "cdt_train.cli_hub:save_pretrained_command",
     "convert": "cdt_train.cli_encoders:convert_command",
     "zero-shot": "cdt_train.cli_words:zero_shot_command",
     "describe": "cdt_train.cli_words:describe_command",

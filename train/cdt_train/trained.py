@@ -13,6 +13,7 @@ from cdt_train.checkpoint import load_checkpoint, load_weights
 from cdt_train.config import Recipe, recipe_from
 from cdt_train.encoders.chosen import path_card
 from cdt_train.fold_phases import model_of
+from cdt_train.hub import load_pretrained
 from cdt_train.models.transfer_model import TransferModel
 
 NEEDED = (
@@ -83,12 +84,12 @@ def temperatures_of(calibration: Mapping[str, Any]) -> dict[str, dict[int, float
 
 
 def load_trained(path: Path) -> Trained:
-    """Read a finished model.
+    """Read a finished model: a checkpoint, or a folder that `save-pretrained` wrote.
 
     Raises:
         CheckpointError: missing, damaged, unfinished, or not one of ours.
     """
-    content = load_checkpoint(path, NEEDED)
+    content = load_pretrained(path) if path.is_dir() else load_checkpoint(path, NEEDED)
     absent = [name for name in CALIBRATED if name not in content["calibration"]]
     if absent:
         raise CheckpointError(
