@@ -7,6 +7,7 @@ dicomweb-client.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -24,6 +25,8 @@ from cdt_runtime.progress import Progress
 
 VARIABLE = "CDT_DICOMWEB_TOKEN"
 SECONDS = 60
+TRIES, WAIT_MS = 3, 200
+"""How often, and how soon, an archive is asked again that did not answer."""
 MOST = 1000
 """Series that are listed."""
 
@@ -152,19 +155,24 @@ def _asking(url: str) -> Iterator[Any]:
 
     token = os.environ.get(VARIABLE)
     headers = {"Authorization": f"Bearer {token}"} if token else None
+    logging.getLogger("retrying").setLevel(logging.CRITICAL)
     try:
-        yield DICOMwebClient(url=url, headers=headers, timeout=SECONDS)
+        with requests.Session() as session:
+            client = DICOMwebClient(url=url, session=session, headers=headers, timeout=SECONDS)
+            client.set_http_retry_params(max_attempts=TRIES, wait_exponential_multiplier=WAIT_MS)
+            yield client
     except requests.HTTPError as error:
-        status = error.response.status_code if error.response is not None else "no status"
+        status = error.response.status_code
+        error.response.close()
         cure = f"set {VARIABLE}" if status in (401, 403) else "check the address and the UIDs"
         raise InputError(f"the archive answers {status}: {cure}") from None
-    except requests.RequestException as error:
-        raise InputError(
-            f"the archive can't be reached ({type(error).__name__}): check the address"
-        ) from None
     except (ValueError, TypeError, KeyError, AttributeError, InvalidDicomError) as error:
         raise InputError(
             f"the archive's answer can't be used ({type(error).__name__}): check the address"
+        ) from None
+    except requests.RequestException as error:
+        raise InputError(
+            f"the archive can't be reached ({type(error).__name__}): check the address"
         ) from None
 
 
