@@ -16,8 +16,10 @@ import pytest
 
 from cdt_export.cli import export_command
 from cdt_runtime.cli import infer_command
+from cdt_runtime.dicomweb_cli import dicomweb_command
 from cdt_runtime.doctor_cli import OTHERS, doctor_command
 from cdt_runtime.enroll_cli import enroll_command
+from cdt_runtime.serve.cli import serve_command
 from cdt_train.cli import COMMANDS as SUBCOMMANDS
 from cdt_train.cli import train_command
 
@@ -31,6 +33,8 @@ COMMANDS = {
     "cdt-infer": infer_command,
     "cdt-doctor": doctor_command,
     "cdt-enroll": enroll_command,
+    "cdt-serve": serve_command,
+    "cdt-dicomweb": dicomweb_command,
 }
 SHOWN = sorted(
     set(re.findall(r"`((?:cdt-\w+|make|pytest) [^`]+)`", BOTH))
@@ -46,6 +50,8 @@ def command_of(words: list[str]) -> click.Command:
         return found
     if words[0] == "cdt-doctor" and words[1:] and words[1] in OTHERS:
         return OTHERS[words[1]]
+    if words[0] == "cdt-dicomweb" and words[1:] and words[1] in dicomweb_command.commands:
+        return dicomweb_command.commands[words[1]]
     return COMMANDS[words[0]]
 
 

@@ -22,9 +22,10 @@ Examples:
 \b
 CT_DIR is a folder that holds one DICOM CT series, at any depth. A TILE is a
 TIFF, PNG or JPEG file, a folder with one image file a marker, or a folder of
-tiles. With --slide it is an OME-TIFF, SVS or other tiled TIFF; a run that was
-stopped goes on where it was. Exit code 2 means that an input could not be
-used; the line on stderr says what to do.
+tiles. With --slide it is an OME-TIFF, SVS, other tiled TIFF, or a slide in
+DICOM, a file or the folder of its files; a run that was stopped goes on where
+it was. Exit code 2 means that an input could not be used; the line on stderr
+says what to do.
 Research use only: not a medical device.
 """
 
