@@ -3,7 +3,7 @@
     python benchmarks/cohort.py [--bundle DIR] [--patients 200]
 
 Three runs of the same table: one process; Ray; Ray with one of its actors killed in the middle.
-All three must give the same bytes. Writes `benchmarks/results/cohort.json`.
+All three must name the one row that can't be used, and give the same bytes. Writes `benchmarks/results/cohort.json`.
 Needs `pip install 'cdt-edge[ray]'`.
 """
 
@@ -25,8 +25,10 @@ from records import write_result
 
 from cdt_runtime.bundle import newest_bundle
 from cdt_runtime.cohort import COLUMNS, GROWING, RESULTS, TABLE
+from cdt_runtime.errors import InputError
 from cdt_train.data.phantom import write_phantom
 
+BAD_ROW = 7
 FILES = (RESULTS, TABLE, "answers.parquet")
 
 
@@ -41,7 +43,8 @@ def write_table(folder: Path, patients: int) -> Path:
         writer.writerow(COLUMNS)
         for number, tiles in enumerate(sorted((folder / "pathology_data").glob("Patient_*"))):
             ct = scans[number].relative_to(folder) if number < with_ct else ""
-            writer.writerow([tiles.name, ct, tiles.relative_to(folder), ""])
+            named = "gone.tif" if number == BAD_ROW else tiles.relative_to(folder)
+            writer.writerow([tiles.name, ct, named, ""])
     return path
 
 
@@ -68,6 +71,8 @@ def run(table: Path, bundle: Path, folder: Path, *more: str, kill_after: int = 0
         [sys.executable, "-c", script, *map(str, words), "--parquet", *more],
         env={**os.environ, "CDT_CACHE": str(folder.with_suffix(".cache"))},
         stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     first, growing = None, folder / GROWING
     while process.poll() is None:
@@ -78,8 +83,13 @@ def run(table: Path, bundle: Path, folder: Path, *more: str, kill_after: int = 0
             killed = actors()[0]
             os.kill(killed, signal.SIGKILL)
     ended = time.perf_counter()
-    if process.returncode or bool(kill_after) != bool(killed):
-        raise click.ClickException(f"exit code {process.returncode}, killed {killed}")
+    said = process.communicate()[1]
+    errors = [line for line in said.splitlines() if line.startswith("error: ")]
+    expected = f"error: row {BAD_ROW + 1}: gone.tif: no such file or folder"
+    if process.returncode != InputError.exit_code or errors != [expected]:
+        raise click.ClickException(f"exit code {process.returncode}: {said}")
+    if bool(kill_after) != bool(killed):
+        raise click.ClickException("the run was over before an actor could be killed")
     return {"seconds": ended - started, "from_first_row": ended - (first or started)}
 
 

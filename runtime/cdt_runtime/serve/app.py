@@ -174,7 +174,7 @@ def _add_answers(app: FastAPI, engine: Engine) -> None:
         fill_missing: Fill = False,
     ) -> Response:
         """Classify a tile; the object is that of `cdt-infer --json`."""
-        with stored(_some(tile)) as paths:
+        async with stored(_some(tile)) as paths:
             context = await engine.context(ct)
             read = await engine.read(
                 _one(paths),
@@ -196,7 +196,7 @@ def _add_answers(app: FastAPI, engine: Engine) -> None:
     ) -> HTMLResponse:
         """Show what the answer on a tile rests on: a page that needs nothing else."""
         reading = {"channels": _names(channels), "mpp": mpp, "fill_missing": fill_missing}
-        with stored(_some(tile)) as paths:
+        async with stored(_some(tile)) as paths:
             context = await engine.context(ct)
             read = await engine.read(_one(paths), _shown(paths), **reading)
 
@@ -222,7 +222,7 @@ def _add_enrolment(app: FastAPI, engine: Engine) -> None:
         mpp: Mpp = None,
     ) -> Response:
         """Add tiles to a class; the object is that of `cdt-enroll --json`."""
-        with stored(_some(tiles)) as paths:
+        async with stored(_some(tiles)) as paths:
             facts = await engine.enrol(
                 paths, label, ct, dry_run=dry_run, channels=_names(channels), mpp=mpp
             )

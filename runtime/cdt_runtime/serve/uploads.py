@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -16,9 +17,11 @@ LONGEST = 100
 COPY_BYTES = 1 << 20
 
 
-@contextmanager
-def stored(files: Sequence[Any]) -> Iterator[list[Path]]:
+@asynccontextmanager
+async def stored(files: Sequence[Any]) -> AsyncIterator[list[Path]]:
     """Write uploads into a folder that only this user may read, and remove it afterwards.
+
+    Other requests go on meanwhile.
 
     Args:
         files: Starlette's `UploadFile`s.
@@ -26,18 +29,25 @@ def stored(files: Sequence[Any]) -> Iterator[list[Path]]:
     Raises:
         InputError: one has no name or no content, or two have the same name.
     """
-    with tempfile.TemporaryDirectory(prefix="cdt-serve-") as name:
-        folder, paths = Path(name), []
-        for upload in files:
-            path = folder / safe_name(upload.filename)
-            if path.exists():
-                raise InputError(f"{path.name}: is given twice: give each file a name of its own")
-            with path.open("xb") as file:
-                shutil.copyfileobj(upload.file, file, COPY_BYTES)
-            if not path.stat().st_size:
-                raise InputError(f"{path.name}: is empty: send it again")
-            paths.append(path)
-        yield paths
+    folder = tempfile.TemporaryDirectory(prefix="cdt-serve-")
+    try:
+        yield await asyncio.to_thread(_copied, files, Path(folder.name))
+    finally:
+        await asyncio.to_thread(folder.cleanup)
+
+
+def _copied(files: Sequence[Any], folder: Path) -> list[Path]:
+    paths = []
+    for upload in files:
+        path = folder / safe_name(upload.filename)
+        if path.exists():
+            raise InputError(f"{path.name}: is given twice: give each file a name of its own")
+        with path.open("xb") as file:
+            shutil.copyfileobj(upload.file, file, COPY_BYTES)
+        if not path.stat().st_size:
+            raise InputError(f"{path.name}: is empty: send it again")
+        paths.append(path)
+    return paths
 
 
 def safe_name(given: str | None) -> str:
