@@ -3,8 +3,8 @@
     python benchmarks/cohort.py [--bundle DIR] [--patients 200]
 
 Three runs of the same table: one process; Ray; Ray with one of its actors killed in the middle.
-All three must name the one row that can't be used, and give the same bytes. Writes `benchmarks/results/cohort.json`.
-Needs `pip install 'cdt-edge[ray]'`.
+All three must name the one row that can't be used, and give the same bytes. Writes
+`benchmarks/results/cohort.json`. Needs `pip install 'cdt-edge[ray]'`.
 """
 
 from __future__ import annotations

@@ -33,12 +33,11 @@ sys.path.append(str(ROOT / "tests" / "runtime"))
 from served import Served, serving
 
 CLIENTS = 8
-BACKEND = "onnxruntime"
 
 
-def library(bundle: Path, tiles: Sequence[Path], count: int) -> dict[str, Any]:
+def library(bundle: Path, backend: str, tiles: Sequence[Path], count: int) -> dict[str, Any]:
     """A tile a call, and then as many as the engine takes at once."""
-    classifier = FewShotClassifier.open(bundle, backend=BACKEND)
+    classifier = FewShotClassifier.open(bundle, backend=backend)
     context, times = classifier.context(None), Times()
     for tile in islice(cycle(tiles), 20):
         classifier.predict([tile], context)
@@ -84,8 +83,9 @@ def load(served: Served, uploads: Iterator[tuple[str, bytes]], clients: int) -> 
 
 @click.command()
 @click.option("--bundle", type=click.Path(path_type=Path), help="[default: newest in ./engines]")
+@click.option("--backend", default="onnxruntime", show_default=True)
 @click.option("--requests", default=2000, show_default=True)
-def main(bundle: Path | None, requests: int) -> None:
+def main(bundle: Path | None, backend: str, requests: int) -> None:
     """Measure and report."""
     started = time.perf_counter()
     bundle = bundle or newest_bundle(Path("engines"))
@@ -98,8 +98,8 @@ def main(bundle: Path | None, requests: int) -> None:
         def uploads(count: int) -> Iterator[tuple[str, bytes]]:
             return islice(cycle(read), count)
 
-        found: dict[str, Any] = {"library": library(bundle, tiles, requests)}
-        words = ("--bundle", bundle, "--backend", BACKEND)
+        found: dict[str, Any] = {"library": library(bundle, backend, tiles, requests)}
+        words = ("--bundle", bundle, "--backend", backend)
         with serving(*words, cache=folder / "cache") as served:
             load(served, uploads(200), CLIENTS)
             before = served.resident_mib()
@@ -109,7 +109,7 @@ def main(bundle: Path | None, requests: int) -> None:
             text = httpx.get(f"{served.url}metrics", headers=served.headers).text
             found["tiles_a_batch"] = _ratio(text)
     click.echo(json.dumps(found, indent=1))
-    command = f"python benchmarks/serve.py --requests {requests}"
+    command = f"python benchmarks/serve.py --backend {backend} --requests {requests}"
     write_result("serve", [command], time.perf_counter() - started, found)
 
 
