@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from cdt_runtime.reading import Slide, open_slide
 pytest.importorskip("wsidicom")
 
 SIZE, MPP = (700, 900), 0.5
+MUTANTS = 60
 PLACES = np.array([[row, column] for row in range(4) for column in range(5)])
 
 
@@ -138,6 +140,33 @@ def test_damaged_frames_cost_their_tiles_alone(wsi: Path, tmp_path: Path) -> Non
     assert isinstance(found[0], np.ndarray)
     assert isinstance(found[-1], str)
     assert "can't be decoded" in found[-1]
+
+
+@pytest.mark.parametrize("jpeg", [False, True])
+def test_damaged_bytes_are_read_or_refused_in_one_line(tmp_path: Path, jpeg: bool) -> None:
+    folder = write_wsi(tmp_path / "slide", smooth_rgb(160, 160), MPP, levels=2, jpeg=jpeg)
+    whole = {path: path.read_bytes() for path in folder.iterdir()}
+    source = random.Random(3)
+    refused = 0
+    for _ in range(MUTANTS):
+        for path, data in whole.items():
+            changed = bytearray(data)
+            for _ in range(source.choice([1, 4, 40])):
+                first = source.choice([0, 132, 2000])
+                changed[source.randrange(first, min(len(data), first + 3000))] = source.randrange(
+                    256
+                )
+            cut = source.randrange(200, len(data)) if source.random() < 0.2 else len(data)
+            path.write_bytes(changed[:cut])
+        try:
+            with open_slide(folder) as slide:
+                slide.small_copy(255)
+                tiles_of(slide, 0, 40.0)
+        except TileError as error:
+            refused += 1
+            assert "\n" not in str(error)  # noqa: PT017
+            assert "Doe" not in str(error)  # noqa: PT017
+    assert 0 < refused < MUTANTS
 
 
 def test_a_series_of_ct_is_no_slide(ct_folder: Path) -> None:

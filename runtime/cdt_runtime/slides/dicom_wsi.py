@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -71,7 +71,7 @@ class DicomLevel:
                 found = self._slide.read_region(
                     (box.left, box.top), self._level, (box.width, box.height), as_array=True
                 )
-        except (MemoryError, OSError):
+        except MemoryError:
             raise
         except Exception as error:  # any kind: decoders of pixels raise what they like
             raise TileError(
@@ -157,22 +157,19 @@ def open_dicom_slide(path: Path) -> Iterator[DicomSlide]:
         ) from error
     files = _files(path)
     settings = Settings(decoded_frame_cache_size=FRAMES)
-    slide = None
-    try:
-        with quiet():
-            references = _references(files)
-            slide = WsiDicom.open(files, settings=settings)
-            found = _described(last_part(path), slide, references)
-    except (MemoryError, OSError, TileError):
-        if slide is not None:
-            slide.close()
-        raise
-    except Exception as error:  # any kind: pydicom converts on access
-        raise TileError(
-            f"is no whole slide in DICOM that can be read ({type(error).__name__}): give the "
-            "folder of one slide's files"
-        ) from None
-    with slide:
+    with ExitStack() as opened:
+        try:
+            with quiet():
+                references = _references(files)
+                slide = opened.enter_context(WsiDicom.open(files, settings=settings))
+                found = _described(last_part(path), slide, references)
+        except (MemoryError, TileError):
+            raise
+        except Exception as error:  # any kind: pydicom converts on access
+            raise TileError(
+                f"is no whole slide in DICOM that can be read ({type(error).__name__}): give the "
+                "folder of one slide's files"
+            ) from None
         yield found
 
 
@@ -240,9 +237,4 @@ def _described(name: str, slide: Any, references: list[dict[str, Any]]) -> Dicom
         raise TileError(
             f"has pixels of {spacing.width:g} x {spacing.height:g} microns: expected square ones"
         )
-    return DicomSlide(
-        name,
-        levels,
-        float(spacing.width),
-        references,
-    )
+    return DicomSlide(name, levels, float(spacing.width), references)
