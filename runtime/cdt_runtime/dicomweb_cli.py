@@ -39,8 +39,9 @@ Examples:
   cdt-dicomweb store https://pacs/dicom-web report.dcm
 
 \b
-Nothing else of CDT Edge talks to a network. The token of the archive, where
-it wants one, is taken from {VARIABLE}.
+Nothing else of CDT Edge talks to a network by itself. The token of the
+archive, where it wants one, is taken from {VARIABLE}.
+Research use only: not a medical device.
 """
 
 

@@ -26,7 +26,7 @@ Other commands; each has --help:
   cdt-train finetune DATA --layout NAME    a backbone on labelled images
   cdt-train compare DATA --layout NAME     pretrained starts, with controls
   cdt-train encoders                       which foundation encoders are here
-  cdt-train save-pretrained MODEL DIR      for the Hugging Face hub, with a card
+  cdt-train save-pretrained MODEL DIR      in the hub's format, with a card
   cdt-train convert path-foundation DIR    SavedModel to ONNX, once
   cdt-train zero-shot TILE --class A=TEXT  classes in words, by MedSigLIP
   cdt-train describe CT_DIR                a CT in words, by MedGemma

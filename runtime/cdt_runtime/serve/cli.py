@@ -33,12 +33,12 @@ Examples:
   cdt-serve                              the page, on this machine alone
   cdt-serve --ct-root ct/                and the CTs below ct/, a folder each
   curl -H "Authorization: Bearer $TOKEN" -F tile=@tile.tif -F ct=R_001 \\
-      http://127.0.0.1:8765/v1/classify
+    http://127.0.0.1:8765/v1/classify
 
 \b
-Every request but for the page itself needs the token: that of {VARIABLE} or
---token-file, else a new one each time, which the first line shows. Traffic is
-not encrypted: beyond this machine put it behind a proxy that speaks TLS.
+Every request but for the page itself needs the token: that of --token-file or
+{VARIABLE}, else a new one each time, which the first line shows.
+Traffic is not encrypted: beyond this machine put a proxy with TLS before it.
 /docs describes the paths, /metrics is for Prometheus, /health/ready for
 whoever restarts it. SIGTERM lets requests that are being answered end.
 Research use only: not a medical device.
