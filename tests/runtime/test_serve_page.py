@@ -169,3 +169,18 @@ def test_a_class_is_enrolled_from_the_page(page: Any, tiles: list[str]) -> None:
     api.expect(page.locator("#model")).to_contain_text("from the page")
     assert "Written" in page.text_content("#taught")
     assert violations(page) == []
+
+
+def test_the_paths_are_described_in_a_page(browser: Any, served: Served) -> None:
+    page, faults = browser.new_page(), []
+    page.on("pageerror", lambda error: faults.append(str(error)))
+    page.goto(f"{served.url}docs")
+    paths = page.locator(".opblock-summary-path")
+    api.expect(paths.filter(has_text="classify")).to_have_count(1)
+    assert paths.count() >= 7
+    page.click(".opblock-summary-path:has-text('classify')")
+    page.click("text=Try it out")
+    page.locator("button", has_text=re.compile("Add .*item")).first.click()
+    api.expect(page.locator("input[type=file]").first).to_be_visible()
+    assert faults == []
+    page.close()

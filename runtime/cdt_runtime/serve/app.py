@@ -82,8 +82,37 @@ def make_app(
     _add_answers(app, engine)
     if not read_only:
         _add_enrolment(app, engine)
+    _describe(app)
     paths = frozenset(route.path for route in app.routes if hasattr(route, "path"))
     return Guard(app, token, limits, paths, metrics)
+
+
+def _describe(app: FastAPI) -> None:
+    """Say in the schema that requests bear a token, in a version that the bundled page reads."""
+    app.openapi_version = "3.0.3"
+    schema = _in_3_0(app.openapi())
+    schema.setdefault("components", {})["securitySchemes"] = {
+        "token": {"type": "http", "scheme": "bearer"}
+    }
+    schema["security"] = [{"token": []}]
+    app.openapi_schema = schema
+
+
+def _in_3_0(value: Any) -> Any:
+    """Say of files, bounds and what may be left out in OpenAPI 3.0 what FastAPI says in 3.1."""
+    if isinstance(value, list):
+        return [_in_3_0(one) for one in value]
+    if not isinstance(value, dict):
+        return value
+    said = {name: _in_3_0(one) for name, one in value.items()}
+    if said.pop("contentMediaType", None):
+        said["format"] = "binary"
+    if {"type": "null"} in said.get("anyOf", ()):
+        (kind,) = [one for one in said.pop("anyOf") if one != {"type": "null"}]
+        said |= {**kind, "nullable": True}
+    if isinstance(said.get("exclusiveMinimum"), int | float):
+        said |= {"minimum": said["exclusiveMinimum"], "exclusiveMinimum": True}
+    return said
 
 
 def _add_errors(app: FastAPI) -> None:
