@@ -13,8 +13,6 @@ Source: Triton's model configuration (`model_config.proto`), as `tritonclient` c
 from __future__ import annotations
 
 import io
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ from numpy.typing import NDArray
 from cdt_runtime.backends import Session, open_session
 from cdt_runtime.bundle import Bundle
 from cdt_runtime.errors import ExportError
+from cdt_runtime.files import new_folder
 from cdt_runtime.golden import ALLOWED, GOLDEN, one_tile, relative_gap
 
 ENSEMBLE = "cdt"
@@ -58,28 +57,17 @@ def write_triton(bundle: Bundle, folder: Path) -> dict[str, float]:
             the graphs say, or does not compute what they compute.
         ModuleNotFoundError: tritonclient is not installed.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ExportError(f"--triton {folder}: is there and not empty: give another folder")
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+        with new_folder(folder) as staging:
+            for name, config in _configs(bundle).items():
+                version = staging / name / VERSION
+                version.mkdir(parents=True)
+                (staging / name / "config.pbtxt").write_text(_as_text(config), "utf-8")
+                if name != ENSEMBLE:
+                    (version / "model.onnx").write_bytes(bundle.read(f"{name}.onnx"))
+            return check_triton(staging, bundle)
     except OSError as error:
-        raise ExportError(
-            f"--triton {folder}: can't be made ({error.strerror}): give another folder"
-        ) from error
-    try:
-        staging.chmod(0o755)
-        for name, config in _configs(bundle).items():
-            version = staging / name / VERSION
-            version.mkdir(parents=True)
-            (staging / name / "config.pbtxt").write_text(_as_text(config), "utf-8")
-            if name != ENSEMBLE:
-                (version / "model.onnx").write_bytes(bundle.read(f"{name}.onnx"))
-        gaps = check_triton(staging, bundle)
-        staging.replace(folder)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-    return gaps
+        raise ExportError(f"--triton {folder}: {error.strerror}: give another folder") from error
 
 
 def _configs(bundle: Bundle) -> dict[str, Any]:

@@ -9,8 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +19,7 @@ import click
 from cdt_runtime import __version__
 from cdt_runtime.console import run
 from cdt_runtime.errors import InputError
+from cdt_runtime.files import new_folder
 from cdt_runtime.progress import Progress
 
 VARIABLE = "CDT_DICOMWEB_TOKEN"
@@ -96,27 +95,20 @@ def find_command(
 @click.argument("folder", type=click.Path(path_type=Path))
 def fetch_command(url: str, study: str, series: str, folder: Path) -> None:
     """Fetch a series into a new FOLDER, a file an instance."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder}: is there and not empty: give another folder")
+    count = 0
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+        with new_folder(folder) as staging:
+            with _asking(url) as client:
+                total = len(client.search_for_instances(study, series))
+                progress = Progress("instances", total)
+                for count, data in enumerate(client.iter_series(study, series), start=1):
+                    data.save_as(staging / f"{count:06d}.dcm", enforce_file_format=True)
+                    progress.add(1)
+                progress.close()
+            if not count:
+                raise InputError("the archive has no instance of that series: check both UIDs")
     except OSError as error:
-        raise InputError(f"{folder}: can't be made ({error.strerror}): give another") from error
-    try:
-        count = 0
-        with _asking(url) as client:
-            progress = Progress("instances", len(client.search_for_instances(study, series)))
-            for data in client.iter_series(study, series):
-                count += 1
-                data.save_as(staging / f"{count:06d}.dcm", enforce_file_format=True)
-                progress.add(1)
-            progress.close()
-        if not count:
-            raise InputError("the archive has no instance of that series: check both UIDs")
-        staging.replace(folder)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        raise InputError(f"{folder}: {error.strerror}: give another folder") from error
     click.echo(f"fetched   {count} instances into {folder}")
 
 

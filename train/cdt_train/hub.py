@@ -10,14 +10,13 @@
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from cdt_runtime import __version__
 from cdt_runtime.errors import CheckpointError
+from cdt_runtime.files import new_folder
 from cdt_runtime.report import NOTICE
 from cdt_train.checkpoint import content_sha256
 
@@ -66,8 +65,6 @@ def save_pretrained(
     """
     from safetensors.torch import save_file
 
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise CheckpointError(f"{folder}: is there and not empty: give another folder")
     state = {name: value.contiguous() for name, value in content["model_state_dict"].items()}
     facts = {name: content[name] for name in FACTS}
     hidden = PATHS if with_names else (*PATHS, *NAMES)
@@ -82,18 +79,12 @@ def save_pretrained(
         "content_sha256": content_sha256(whole),
     }
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-        try:
-            staging.chmod(0o755)
+        with new_folder(folder) as staging:
             save_file(state, staging / WEIGHTS, metadata={"format": "pt"})
             (staging / CONFIG).write_text(json.dumps(config, indent=1) + "\n", "utf-8")
             (staging / CARD).write_text(card_text(folder.name, facts, over_folds), "utf-8")
-            staging.replace(folder)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
     except OSError as error:
-        raise CheckpointError(f"{folder}: can't be written ({error.strerror})") from error
+        raise CheckpointError(f"{folder}: {error.strerror}: give another folder") from error
 
 
 def load_pretrained(folder: Path) -> dict[str, Any]:
@@ -143,31 +134,9 @@ def card_text(
     k = recipe["training"]["k_shot"]
     own = test["with_ct" if facts["calibration"]["ct_context"] else "without_ct"]
     best = own.get(str(k), own[shots[-1]])
-    head = [
-        "---",
-        "library_name: cdt-edge",
-        "pipeline_tag: image-classification",
-        "tags: [pathology, few-shot, computed-tomography, prototypical-network]",
-        "model-index:",
-        f"- name: {json.dumps(name)}",
-        "  results:",
-        "  - task: {type: image-classification, name: Few-shot tile classification}",
-        f"    dataset: {{type: private, name: {json.dumps(info['data'])}}}",
-        "    metrics:",
-        *(
-            f"    - {{type: {kind}, name: {title}, value: {best[kind]:.4f}}}"
-            for kind, title in (
-                ("accuracy", f"{k}-shot accuracy"),
-                ("auc_roc", f"{k}-shot AUC"),
-                ("ece", f"{k}-shot calibration error"),
-            )
-            if kind in best
-        ),
-        "---",
-    ]
     return "\n".join(
         [
-            *head,
+            *_head(name, info, k, best),
             "",
             f"# {name}",
             "",
@@ -203,6 +172,32 @@ def card_text(
             "",
         ]
     )
+
+
+def _head(name: str, info: Mapping[str, Any], k: int, best: Mapping[str, Any]) -> list[str]:
+    """What the hub reads of a card: the kind of model, and its figures."""
+    return [
+        "---",
+        "library_name: cdt-edge",
+        "pipeline_tag: image-classification",
+        "tags: [pathology, few-shot, computed-tomography, prototypical-network]",
+        "model-index:",
+        f"- name: {json.dumps(name)}",
+        "  results:",
+        "  - task: {type: image-classification, name: Few-shot tile classification}",
+        f"    dataset: {{type: private, name: {json.dumps(info['data'])}}}",
+        "    metrics:",
+        *(
+            f"    - {{type: {kind}, name: {title}, value: {best[kind]:.4f}}}"
+            for kind, title in (
+                ("accuracy", f"{k}-shot accuracy"),
+                ("auc_roc", f"{k}-shot AUC"),
+                ("ece", f"{k}-shot calibration error"),
+            )
+            if kind in best
+        ),
+        "---",
+    ]
 
 
 def _table(test: Mapping[str, Any], shots: list[Any]) -> list[str]:

@@ -13,19 +13,10 @@ from cdt_train.checkpoint import load_checkpoint, load_weights
 from cdt_train.config import Recipe, recipe_from
 from cdt_train.encoders.chosen import path_card
 from cdt_train.fold_phases import model_of
-from cdt_train.hub import load_pretrained
+from cdt_train.hub import FACTS, load_pretrained
 from cdt_train.models.transfer_model import TransferModel
 
-NEEDED = (
-    "epoch",
-    "model_state_dict",
-    "best_metric",
-    "config",
-    "preprocess",
-    "dataset_info",
-    "calibration",
-    "test",
-)
+NEEDED = (*FACTS, "model_state_dict")
 CALIBRATED = (
     "learnt_scale",
     "temperature",

@@ -21,6 +21,7 @@ from cdt_runtime.enroll import versions
 from cdt_runtime.errors import BackendError, CdtError, InputError
 from cdt_runtime.evidence.found import find_evidence
 from cdt_runtime.evidence.page import tile_page
+from cdt_runtime.prediction import Context, TileInput
 from cdt_runtime.report import NOTICE, as_record, bundle_name
 from cdt_runtime.serve.engine import Engine
 from cdt_runtime.serve.guard import App, Guard, Limits
@@ -203,16 +204,9 @@ def _add_answers(app: FastAPI, engine: Engine) -> None:
         fill_missing: Fill = False,
     ) -> Response:
         """Classify a tile; the object is that of `cdt-infer --json`."""
-        async with stored(_some(tile)) as paths:
-            context = await engine.context(ct)
-            read = await engine.read(
-                _one(paths),
-                _shown(paths),
-                channels=_names(channels),
-                mpp=mpp,
-                fill_missing=fill_missing,
-            )
-            answer = await engine.classify(read, context)
+        reading = {"channels": _names(channels), "mpp": mpp, "fill_missing": fill_missing}
+        read, context = await _read(engine, tile, ct, reading)
+        answer = await engine.classify(read, context)
         return JSONResponse(as_record(answer, engine.classifier))
 
     @app.post("/v1/card", tags=["answers"], response_class=HTMLResponse)
@@ -225,9 +219,7 @@ def _add_answers(app: FastAPI, engine: Engine) -> None:
     ) -> HTMLResponse:
         """Show what the answer on a tile rests on: a page that needs nothing else."""
         reading = {"channels": _names(channels), "mpp": mpp, "fill_missing": fill_missing}
-        async with stored(_some(tile)) as paths:
-            context = await engine.context(ct)
-            read = await engine.read(_one(paths), _shown(paths), **reading)
+        read, context = await _read(engine, tile, ct, reading)
 
         def made() -> str:
             classifier = engine.classifier
@@ -238,6 +230,15 @@ def _add_answers(app: FastAPI, engine: Engine) -> None:
             return tile_page(find_evidence(classifier, read, context, read_ct), classifier)
 
         return HTMLResponse(await engine.run(made))
+
+
+async def _read(
+    engine: Engine, files: list[UploadFile], ct: str | None, reading: dict[str, Any]
+) -> tuple[TileInput, Context]:
+    """Read the tile and the CT of a request."""
+    async with stored(_some(files)) as paths:
+        context = await engine.context(ct)
+        return await engine.read(_one(paths), _shown(paths), **reading), context
 
 
 def _add_enrolment(app: FastAPI, engine: Engine) -> None:
